@@ -1,0 +1,51 @@
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Torch is pinned to one exact version; everything else to what was tested with it.
+STAMP := $(VENV)/.installed
+
+.PHONY: help train-all test check unit soak bench audit ui lock clean
+
+help:  ## this list
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+.venv: $(STAMP)  ## the environment, from requirements.lock
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; say make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --config-settings editable_mode=compat --editable '.[dev]'
+	@touch $(STAMP)
+
+train-all: $(STAMP)  ## prepare, train, score, compare, promote: the main job
+	$(BIN)/speck train-all
+
+test: $(STAMP)  ## all tests but the soak tier
+	$(BIN)/python -m pytest -m "not soak"
+
+check: $(STAMP)  ## format, lint, types, import rules, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit tests/contracts -m "not soak"
+
+soak: $(STAMP)  ## kill series, races and large matrices
+	$(BIN)/python -m pytest -m soak
+
+bench: $(STAMP)  ## speed, as ratios within one run
+	$(BIN)/python -m tests.bench
+
+audit: $(STAMP)  ## known vulnerabilities of the locked packages (needs a network)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
+
+ui: $(STAMP)  ## MLflow and Prefect pages over what the runs left
+	$(BIN)/python -m infra.ui --home .speck
+
+lock: $(STAMP)  ## rewrite requirements.lock from the environment
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Prepare: any label format in, a validated, versioned COCO dataset out."""

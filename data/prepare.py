@@ -1,0 +1,107 @@
+"""`python -m data.prepare NAME`: raw data -> `data/processed/<name>/{images/, annotations/{train,val,test}.json}`.
+
+DVC's stage `prepare` runs this in the repository's root. The same card and raw data give the same bytes, so the hash
+of the output is the dataset's version; nothing of the clock, the machine or the process enters it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from data import coco
+from data.card import DatasetCard, InvalidCard, UnknownDataset, load_card
+from data.coco import ANNOTATIONS, IMAGES
+from data.images import image_problems
+from data.problems import InvalidDataset, listing
+from data.procedural import render_dataset
+from data.records import Split
+
+
+class UnsupportedFormat(ValueError):
+    """The card's format has no reader yet."""
+
+
+def prepare(name: str, repo: Path) -> Path:
+    """Prepare the dataset and return its folder, which appears complete or not at all.
+
+    Raises:
+        UnknownDataset, InvalidCard: see `load_card`.
+        UnsupportedFormat: there is no reader for the card's format.
+        InvalidDataset: the raw data has errors; all of them are listed.
+    """
+    card = load_card(name, repo / "data" / "catalog")
+    raw, destination = repo / "data" / "raw" / name, repo / "data" / "processed" / name
+    with _replaced(destination) as folder:
+        (folder / IMAGES).mkdir(parents=True)
+        (folder / ANNOTATIONS).mkdir()
+        for split, content in _writer(card)(card, raw, folder / IMAGES).items():
+            path = coco.annotation_file(folder, split)
+            coco.write_split(path, content, card.classes, {"dataset": name, "split": split})
+    return destination
+
+
+def _copy_coco(card: DatasetCard, raw: Path, images: Path) -> dict[str, Split]:
+    """Copy the pictures byte for byte: a hard link would let DVC write-protect the owner's files."""
+    splits = coco.read_coco(raw, card.classes)
+    records = [record for content in splits.values() for record in content.images]
+    problems = [problem for content in splits.values() for problem in content.problems]
+    problems += image_problems(raw / IMAGES, records)
+    if any(problem.severity == "error" for problem in problems):
+        raise InvalidDataset(problems)
+    if problems:
+        print(listing(problems), file=sys.stderr)
+    for record in records:
+        target = images / record.file_name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(raw / IMAGES / record.file_name, target)
+    return splits
+
+
+Writer = Callable[[DatasetCard, Path, Path], dict[str, Split]]
+_WRITERS: dict[str, Writer] = {"coco": _copy_coco, "procedural": render_dataset}
+
+
+def _writer(card: DatasetCard) -> Writer:
+    """Return what writes a format's pictures under `images/` and returns its records."""
+    if card.format not in _WRITERS:
+        rule = f"dataset {card.name!r}: format {card.format!r} cannot be prepared yet"
+        raise UnsupportedFormat(f"{rule}. Convert it to one of: {', '.join(_WRITERS)}")
+    return _WRITERS[card.format]
+
+
+@contextmanager
+def _replaced(destination: Path) -> Iterator[Path]:
+    """Yield a sibling folder that takes the destination's place on success and vanishes on failure."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (destination.with_name(f".{destination.name}.{suffix}") for suffix in ("partial", "old"))
+    with FileLock(destination.with_name(f".{destination.name}.lock")):
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            yield partial
+            if destination.exists():
+                destination.rename(old)
+            partial.rename(destination)
+        finally:
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def main() -> None:
+    """Prepare the dataset named on the command line."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m data.prepare NAME")
+    try:
+        prepare(sys.argv[1], Path.cwd())
+    except (UnknownDataset, InvalidCard, InvalidDataset, UnsupportedFormat) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What every raw format is read into: images with their boxes, as clean as the prepared dataset.
+
+Boxes are `xywh` in pixels of the image as stored (an EXIF rotation is not applied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from data.problems import Problem
+
+SPLITS: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
+
+XYWH = tuple[float, float, float, float]
+
+
+class Box(NamedTuple):
+    """One annotation: `label` is 0-based in card order; a crowd box is COCO's `iscrowd` 1."""
+
+    label: int
+    box_xywh_px: XYWH
+    area_px: float
+    is_crowd: bool = False
+
+
+class ImageRecord(NamedTuple):
+    """One image and everything known about it; `file_name` is relative to `images/`."""
+
+    image_id: int
+    file_name: str
+    width_px: int
+    height_px: int
+    boxes: tuple[Box, ...]
+    ignore_xywh_px: tuple[XYWH, ...]
+
+
+@dataclass
+class Split:
+    """What one annotation file holds after cleaning, and what cleaning found.
+
+    `num_boxes_excluded` had no area inside their image; `num_boxes_clipped` stuck out of it.
+    """
+
+    images: list[ImageRecord] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    num_boxes_clipped: int = 0
+    num_boxes_excluded: int = 0
+
+
+def clip_xywh(box_xywh_px: Iterable[float], width_px: int, height_px: int) -> XYWH | None:
+    """Return the box clipped to the image and rounded to 2 decimals, or None when no area is left."""
+    x, y, w, h = box_xywh_px
+    x1, y1 = max(x, 0.0), max(y, 0.0)
+    x2, y2 = min(x + w, float(width_px)), min(y + h, float(height_px))
+    clipped = (round(x1, 2), round(y1, 2), round(x2 - x1, 2), round(y2 - y1, 2))
+    return clipped if w > 0 and h > 0 and clipped[2] > 0 and clipped[3] > 0 else None

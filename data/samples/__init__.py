@@ -1,0 +1,1 @@
+"""Procedural sample datasets, so that the pipeline runs with nothing downloaded."""

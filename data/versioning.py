@@ -1,0 +1,129 @@
+"""`version_dataset`: bring a dataset's prepared files up to date with DVC and return their hash, its version."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.card import load_card
+
+logger = logging.getLogger(__name__)
+
+SHOWN_LINES = 20
+_LOCKED = ("unable to acquire lock", "is busy, it is being blocked by")
+
+
+class VersioningFailed(RuntimeError):
+    """DVC failed; the message ends with its own last lines."""
+
+
+class DvcLocked(VersioningFailed):
+    """Another DVC process, or what a killed one left behind, holds DVC's lock."""
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """One state of a prepared dataset.
+
+    `version`: 32 hex digits, DVC's hash of the directory; `lock_entry`: the stage in dvc.lock, enough to restore the
+    files by hash; `regenerated`: whether this call ran the preparation.
+    """
+
+    name: str
+    version: str
+    num_files: int
+    size_bytes: int
+    lock_entry: dict[str, Any]
+    regenerated: bool
+
+
+def version_dataset(name: str, repo: Path) -> DatasetVersion:
+    """Run `dvc repro prepare@<name>` and return the version; when nothing has changed DVC only looks at the files.
+
+    One process at a time: others wait. The wait covers a DVC that outlived its killed caller, for it inherits the lock.
+
+    Raises:
+        UnknownDataset, InvalidCard: see `load_card`.
+        DvcLocked: a DVC process that was not started here holds the lock.
+        VersioningFailed: DVC or the preparation failed.
+    """
+    load_card(name, repo / "data" / "catalog")
+    environment = os.environ | {
+        "DVC_NO_ANALYTICS": "1",
+        # The stage's `python` must be this interpreter.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+    command = [sys.executable, "-m", "dvc", "repro", stage_name(name)]
+    with _one_writer(repo) as lock:
+        finished = subprocess.run(
+            command, cwd=repo, env=environment, pass_fds=(lock,), capture_output=True, text=True, check=False
+        )
+        if finished.returncode != 0:
+            raise _failure(name, finished)
+        version = current_version(name, repo)
+    logger.info("%s", finished.stdout + finished.stderr)
+    if version is None:
+        raise VersioningFailed(f"dataset {name!r}: DVC succeeded but dvc.lock has no entry {stage_name(name)!r}")
+    return DatasetVersion(**vars(version) | {"regenerated": "Running stage" in finished.stdout})
+
+
+def current_version(name: str, repo: Path) -> DatasetVersion | None:
+    """Return the version that dvc.lock records, or None; nothing is run and no file is compared."""
+    path = repo / "dvc.lock"
+    if not path.is_file():
+        return None
+    entry = yaml.safe_load(path.read_text(encoding="utf-8")).get("stages", {}).get(stage_name(name))
+    if entry is None:
+        return None
+    (output,) = entry["outs"]
+    return DatasetVersion(
+        name=name,
+        version=output["md5"].removesuffix(".dir"),
+        num_files=output["nfiles"],
+        size_bytes=output["size"],
+        lock_entry=entry,
+        regenerated=False,
+    )
+
+
+def stage_name(name: str) -> str:
+    """Return the address of the dataset's stage in dvc.yaml."""
+    return f"prepare@{name}"
+
+
+@contextmanager
+def _one_writer(repo: Path) -> Iterator[int]:
+    """Hold an exclusive lock and yield its descriptor; every process that inherits it prolongs the lock."""
+    folder = repo / ".dvc" / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "speck-writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _failure(name: str, finished: subprocess.CompletedProcess[str]) -> VersioningFailed:
+    output = f"{finished.stdout}\n{finished.stderr}"
+    last = "\n".join([line for line in output.splitlines() if line.strip()][-SHOWN_LINES:])
+    if any(sign in output.lower() for sign in _LOCKED):
+        return DvcLocked(
+            f"dataset {name!r}: another DVC process is at work in this repository, or one was killed. Let it finish; "
+            f"if there is none, remove .dvc/tmp/lock and .dvc/tmp/rwlock. DVC's last lines:\n{last}"
+        )
+    if f"'{stage_name(name)}'" in last and "not found" in last:
+        return VersioningFailed(f"dataset {name!r} has no stage: add it to `datasets` in params.yaml.\n{last}")
+    return VersioningFailed(
+        f"dataset {name!r}: `dvc repro {stage_name(name)}` failed with status {finished.returncode}:\n{last}"
+    )

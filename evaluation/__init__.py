@@ -1,0 +1,1 @@
+"""Score: what the numbers mean, with pycocotools as the reference."""

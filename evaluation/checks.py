@@ -1,0 +1,87 @@
+"""What can be scored: the form of a detection, and every reason to refuse one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, TypedDict
+
+_MAX_LISTED = 20
+
+
+class BadDetections(ValueError):
+    """Detections that cannot be scored; lists every problem, the first 20 in full."""
+
+
+class BadGroundTruth(ValueError):
+    """Ground truth that cannot be scored against; lists every problem, the first 20 in full."""
+
+
+class CocoDetection(TypedDict):
+    """One entry of a COCO results file; `bbox` is x, y, w, h in original-image pixels."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    score: float
+
+
+def check_ground_truth(ground_truth: Mapping[str, Any]) -> None:
+    """Raises BadGroundTruth: repeated ids or names, annotations of unknown image or category or without a real box."""
+    images, categories = ground_truth["images"], ground_truth["categories"]
+    problems = [
+        f"{what} {value!r} occurs {count} times"
+        for what, values in (
+            ("image id", [image["id"] for image in images]),
+            ("category id", [category["id"] for category in categories]),
+            ("class name", [category["name"] for category in categories]),
+        )
+        for value, count in Counter(values).items()
+        if count > 1
+    ]
+    problems += _problems("annotation", ground_truth["annotations"], ground_truth)
+    if problems:
+        raise BadGroundTruth(_listed(problems))
+
+
+def check_detections(detections: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> None:
+    """Raises BadDetections: unknown image or category, no real box, a score that is missing or outside 0..1."""
+    problems = _problems("detection", detections, ground_truth)
+    problems += [
+        f"detection {row}: score {detection.get('score')!r} is outside 0..1"
+        for row, detection in enumerate(detections)
+        if not _is_finite(detection.get("score")) or not 0.0 <= detection["score"] <= 1.0
+    ]
+    if problems:
+        raise BadDetections(_listed(problems))
+
+
+def _problems(what: str, boxes: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> list[str]:
+    image_ids = {image["id"] for image in ground_truth["images"]}
+    category_ids = {category["id"] for category in ground_truth["categories"]}
+    problems = []
+    for row, box in enumerate(boxes):
+        if box.get("image_id") not in image_ids:
+            problems.append(f"{what} {row}: image_id {box.get('image_id')!r} is not in the ground truth")
+        if box.get("category_id") not in category_ids:
+            problems.append(
+                f"{what} {row}: category_id {box.get('category_id')!r} is not one of {sorted(category_ids)}; "
+                "it is the label (from 0) plus 1"
+            )
+        xywh = box.get("bbox", ())
+        if len(xywh) != 4 or not all(map(_is_finite, xywh)):
+            problems.append(f"{what} {row}: bbox {list(xywh)} must be four finite numbers x, y, w, h")
+        elif xywh[2] <= 0 or xywh[3] <= 0:
+            problems.append(f"{what} {row}: bbox {list(xywh)} must have w > 0 and h > 0")
+    return problems
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = f"\n  ... and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+    return f"{len(problems)} problem(s):\n  " + "\n  ".join(problems[:_MAX_LISTED]) + more

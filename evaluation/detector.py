@@ -1,0 +1,150 @@
+"""From a detector and a loader to COCO results in original-image pixels, and from stored weights to their score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data.loader import Batch, DetectionDataset, collate
+from evaluation.checks import CocoDetection
+from evaluation.coco import score
+from evaluation.result import ScoreOptions, ScoreResult, coco_result
+from models import build
+from models.interface import Detections, Detector, PostprocessConfig
+
+
+class Detected(NamedTuple):
+    """COCO results of all images, in loader order and by descending score within an image.
+
+    `counts`: `num_detected_images`, and what was left out: `num_dropped_candidates` (by the cap before non-maximum
+    suppression), `num_degenerate_boxes` (no area left inside the image) and `num_non_finite_boxes`.
+    """
+
+    detections: list[CocoDetection]
+    counts: dict[str, int]
+
+
+def detect(
+    detector: Detector, loader: Iterable[Batch], config: PostprocessConfig, *, device: torch.device, bf16: bool
+) -> Detected:
+    """Detections of every image of `loader`; the detector's training and evaluation modes are restored afterwards.
+
+    `bf16` runs the forward pass under autocast. Boxes are divided by the letterbox scale and clipped to the image;
+    `category_id` is label + 1.
+    """
+    found: list[CocoDetection] = []
+    counts = dict.fromkeys(
+        ("num_detected_images", "num_dropped_candidates", "num_degenerate_boxes", "num_non_finite_boxes"), 0
+    )
+    with _evaluating(cast(nn.Module, detector)), torch.inference_mode():
+        for batch in loader:
+            images = batch.images.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                predictions = detector(images)
+            for detections, image_id, scale, (height_px, width_px) in zip(
+                detector.postprocess(predictions, config),
+                batch.image_ids,
+                batch.scales.tolist(),
+                batch.original_hw,
+                strict=True,
+            ):
+                entries, num_degenerate, num_non_finite = _entries(detections, image_id, scale, width_px, height_px)
+                found += entries
+                counts["num_detected_images"] += 1
+                counts["num_dropped_candidates"] += detections.num_dropped_candidates
+                counts["num_degenerate_boxes"] += num_degenerate
+                counts["num_non_finite_boxes"] += num_non_finite
+    return Detected(found, counts)
+
+
+def evaluate_weights(
+    weights: Path,
+    *,
+    architecture: str,
+    settings: Mapping[str, Any],
+    run_key: str,
+    dataset_folder: Path,
+    dataset_name: str,
+    dataset_version: str,
+    split: Literal["train", "val", "test"],
+    options: ScoreOptions,
+    device: torch.device,
+    batch_size: int = 8,
+) -> tuple[ScoreResult, list[CocoDetection]]:
+    """Score of the stored weights on a split of a prepared dataset, in this process, and the detections it rests on.
+
+    Raises:
+        FileNotFoundError: the weights or the split's annotations are missing.
+        RuntimeError: the weights are not those of this architecture, settings and number of classes.
+    """
+    ground_truth = json.loads((dataset_folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
+    detector = build(architecture, num_classes=len(ground_truth["categories"]), **settings)
+    module = cast(nn.Module, detector)
+    module.load_state_dict(load_file(weights))
+    module.to(device)
+    dataset = DetectionDataset(
+        dataset_folder, split, input_size_px=options.input_size_px, augment=None, seed=0, cache_bytes=0
+    )
+    postprocess = PostprocessConfig(
+        score_threshold=options.score_threshold,
+        nms_iou=options.nms_iou,
+        max_detections=options.max_detections,
+        max_candidates=options.max_candidates,
+    )
+    loader: DataLoader[Any] = DataLoader(cast(Any, dataset), batch_size=batch_size, collate_fn=collate)
+    detected = detect(detector, loader, postprocess, device=device, bf16=options.precision == "bf16")
+    scored = score(ground_truth, detected.detections, max_dets=options.max_dets, ignore_rule=options.ignore_rule)
+    result = coco_result(
+        scored,
+        run_key=run_key,
+        dataset_name=dataset_name,
+        dataset_version=dataset_version,
+        split=split,
+        options=options,
+        detection_counts=detected.counts,
+    )
+    return result, detected.detections
+
+
+def _entries(
+    detections: Detections, image_id: int, scale: float, width_px: int, height_px: int
+) -> tuple[list[CocoDetection], int, int]:
+    """COCO results of one image, the number of degenerate and the number of non-finite boxes left out."""
+    boxes_xyxy_px: NDArray[np.float64] = detections.boxes_xyxy_px.double().cpu().numpy() / scale
+    scores: NDArray[np.float64] = detections.scores.double().cpu().numpy()
+    category_ids: NDArray[np.int64] = detections.labels.cpu().numpy() + 1
+    finite = np.isfinite(boxes_xyxy_px).all(axis=1) & np.isfinite(scores)
+    boxes_xyxy_px = boxes_xyxy_px.clip(0, [width_px, height_px, width_px, height_px])
+    sides_px = boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2]
+    kept = finite & (sides_px > 0).all(axis=1)
+    boxes_xywh_px = np.concatenate([boxes_xyxy_px[:, :2], sides_px], axis=1)
+    entries: list[CocoDetection] = [
+        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        for category_id, box, score in zip(
+            category_ids[kept].tolist(), boxes_xywh_px[kept].tolist(), scores[kept].tolist(), strict=True
+        )
+    ]
+    num_non_finite = int((~finite).sum())
+    return entries, len(kept) - len(entries) - num_non_finite, num_non_finite
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each submodule's own mode again (parts may be frozen in evaluation mode)."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,70 @@
+"""Ignore regions: which boxes lie, by at least half of their own area, in the union of an image's regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IgnoreRule = Literal["none", "covered-half"]
+
+# Without slack for rounding, a box that is covered by exactly one half could fall either way.
+_HALF = 0.5 - 1e-9
+
+
+def in_ignore_regions(
+    boxes: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]], rule: IgnoreRule
+) -> NDArray[np.bool_]:
+    """True for each annotation or detection that the rule takes out of the score; bool (N,).
+
+    `boxes` are COCO entries with `image_id` and `bbox`; `images` may carry `ignore_regions_xywh`.
+    """
+    ignored = np.zeros(len(boxes), dtype=bool)
+    if rule == "none":
+        return ignored
+    regions = {image["id"]: image["ignore_regions_xywh"] for image in images if image.get("ignore_regions_xywh")}
+    rows_by_image: dict[int, list[int]] = {}
+    for row, box in enumerate(boxes):
+        if box["image_id"] in regions:
+            rows_by_image.setdefault(box["image_id"], []).append(row)
+    for image_id, rows in rows_by_image.items():
+        boxes_xywh = np.array([boxes[row]["bbox"] for row in rows], dtype=np.float64)
+        ignored[rows] = covered_by_half(boxes_xywh, np.array(regions[image_id], dtype=np.float64))
+    return ignored
+
+
+def covered_area_px(boxes_xywh: NDArray[np.float64], regions_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Area of each box that the union of the regions covers, float64 (N,), from boxes (N, 4) and regions (R, 4).
+
+    Exact, not rasterised: the regions' edges cut the plane into at most (2R-1)^2 cells, each wholly inside or outside.
+    """
+    if len(regions_xywh) == 0:
+        return np.zeros(len(boxes_xywh))
+    regions = np.concatenate([regions_xywh[:, :2], regions_xywh[:, :2] + regions_xywh[:, 2:]], axis=1)
+    x_edges, y_edges = np.unique(regions[:, 0::2]), np.unique(regions[:, 1::2])
+    spans_x = (regions[:, 0:1] <= x_edges[:-1]) & (x_edges[1:] <= regions[:, 2:3])  # (R, X)
+    spans_y = (regions[:, 1:2] <= y_edges[:-1]) & (y_edges[1:] <= regions[:, 3:4])  # (R, Y)
+    inside = (spans_x[:, :, None] & spans_y[:, None, :]).any(axis=0)  # (X, Y)
+    overlap_x = _overlap(boxes_xywh[:, 0], boxes_xywh[:, 2], x_edges)  # (N, X)
+    overlap_y = _overlap(boxes_xywh[:, 1], boxes_xywh[:, 3], y_edges)
+    covered: NDArray[np.float64] = ((overlap_x @ inside) * overlap_y).sum(axis=1)
+    return covered
+
+
+def covered_by_half(boxes_xywh: NDArray[np.float64], regions_xywh: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """True where at least half of a box's own area lies in the union of the regions; bool (N,)."""
+    area_px = boxes_xywh[:, 2] * boxes_xywh[:, 3]
+    covered: NDArray[np.bool_] = covered_area_px(boxes_xywh, regions_xywh) >= _HALF * area_px
+    return covered
+
+
+def _overlap(
+    start: NDArray[np.float64], length: NDArray[np.float64], edges: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Length of each interval (N,) inside each span between two neighbouring edges; (N, len(edges) - 1)."""
+    low = np.maximum(start[:, None], edges[:-1])
+    high = np.minimum((start + length)[:, None], edges[1:])
+    length_px: NDArray[np.float64] = np.maximum(high - low, 0.0)
+    return length_px

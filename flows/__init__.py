@@ -1,0 +1,1 @@
+"""Orchestrate: the only package that imports prefect; thin; file names are verbs."""

@@ -1,0 +1,130 @@
+"""One cell of the matrix: what there is to do for it, doing it on the cluster, and recording it in MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import models
+from flows.record import Recorder
+from flows.settings import REPO, Settings
+from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
+from training.code import training_code_hash
+from training.jobs import CellFailed, Jobs, code_snapshot
+from training.meter import PROGRESS_MARK
+from training.records import RESULT, CorruptResult, RunResult, read_journal, read_result, record_attempt
+from training.spec import RunSpec
+
+RECORD_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with what will happen to it, and why."""
+
+    spec: RunSpec
+    state: Literal["cached", "resume", "train"]
+    why: str
+    code_hash: str
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """A finished cell. `seconds` tells training, scoring and the rest apart; all zero when nothing was trained."""
+
+    result: RunResult
+    run_id: str | None
+    reused: bool
+    seconds: dict[str, float]
+
+
+def plan_cell(spec: RunSpec, settings: Settings) -> PlannedCell:
+    """Decide from what lies in storage whether a cell is done, half done or new."""
+    run_folder = settings.storage / spec.run_key
+    code_hash = training_code_hash(REPO, models.ARCHITECTURES[spec.architecture.name].build.__module__)
+    try:
+        result = read_result(run_folder)
+    except CorruptResult as error:
+        return PlannedCell(spec, "resume", f"its result is damaged: {error}", code_hash)
+    if result is not None:
+        stale = "" if result.code_hash == code_hash else f", by other code ({result.code_hash}, now {code_hash})"
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(result.finished_ms / 1000))
+        return PlannedCell(spec, "cached", f"finished {day}{stale}", code_hash)
+    for folder in newest_first(run_folder):
+        try:
+            manifest = verify_checkpoint(folder)
+        except CorruptCheckpoint:
+            continue
+        return PlannedCell(spec, "resume", f"stopped after epoch {manifest.epoch} of {spec.training.epochs}", code_hash)
+    return PlannedCell(spec, "train", "nothing was trained with this configuration and data", code_hash)
+
+
+def run_cell(
+    cell: PlannedCell, jobs: Callable[[], Jobs], settings: Settings, recorder: Recorder, say: Callable[[str], None]
+) -> CellOutcome:
+    """Bring a cell to its result, and its MLflow run up to date with it.
+
+    Raises:
+        CellFailed: the job ended without a result. What it had reached stays for the next attempt.
+    """
+    run_folder = settings.storage / cell.spec.run_key
+    wall_s = None if cell.state == "cached" else _train(cell, jobs(), settings, recorder, say)
+    result = read_result(run_folder)
+    if result is None:
+        raise CellFailed(f"{run_folder / RESULT} is missing although the Ray job succeeded; run again")
+    recorder.begin(cell.spec, result.code_hash)
+    recorder.finish(run_folder, result)
+    seconds = {} if wall_s is None else _breakdown(run_folder, result, wall_s)
+    return CellOutcome(result, recorder.run_id, reused=wall_s is None, seconds=seconds)
+
+
+def _train(
+    cell: PlannedCell, jobs: Jobs, settings: Settings, recorder: Recorder, say: Callable[[str], None]
+) -> float:
+    """Follow the cell's Ray job to its end, a living one or a new one, and return how long that took."""
+    spec, run_folder = cell.spec, settings.storage / cell.spec.run_key
+    started = time.monotonic()
+    submission_id = jobs.living(spec.run_key)
+    if submission_id is None:
+        # A damaged result, or none: from here on the run counts as unfinished.
+        (run_folder / RESULT).unlink(missing_ok=True)
+        attempt = record_attempt(run_folder, spec, data_source=settings.data_source, code_hash=cell.code_hash)
+        with code_snapshot(REPO) as code:
+            submission_id = jobs.submit(attempt, run_folder, code)
+    else:
+        say(f"attaching to Ray job {submission_id}")
+    recorder.begin(spec, cell.code_hash)
+    try:
+        _follow(jobs, submission_id, recorder, run_folder, say)
+    except CellFailed:
+        recorder.fail(run_folder)
+        raise
+    return time.monotonic() - started
+
+
+def _follow(jobs: Jobs, submission_id: str, recorder: Recorder, run_folder: Path, say: Callable[[str], None]) -> None:
+    recorded = time.monotonic()
+
+    def on_line(line: str) -> None:
+        nonlocal recorded
+        _, marked, text = line.partition(PROGRESS_MARK)
+        if marked:
+            say(text.strip())
+        if time.monotonic() - recorded > RECORD_EVERY_S:
+            recorder.sync(run_folder)
+            recorded = time.monotonic()
+
+    try:
+        jobs.follow(submission_id, on_line)
+    finally:
+        recorder.sync(run_folder)
+
+
+def _breakdown(run_folder: Path, result: RunResult, wall_s: float) -> dict[str, float]:
+    entries = [entry for entry in read_journal(run_folder) if entry.attempt == result.attempts]
+    training = sum(entry.metrics.get("time/train_s", 0.0) for entry in entries)
+    scoring = sum(entry.metrics.get("time/validate_s", 0.0) for entry in entries) + result.seconds["score_test"]
+    return {"wall": wall_s, "training": training, "scoring": scoring, "overhead": wall_s - training - scoring}

@@ -1,0 +1,238 @@
+"""`speck`: the command line. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from flows.data_commands import data_app
+from flows.output import JsonOption, print_json
+
+app = typer.Typer(
+    help="Train small-object detectors: a dataset version goes in, a promoted model comes out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+
+SpecOption = Annotated[str, typer.Option("--spec", help="Experiment: a name in flows/runs/ or a YAML file.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Change one value: key.path=value. May be repeated.")]
+ArchitecturesOption = Annotated[str, typer.Option(help="Architectures instead of the experiment's: a,b")]
+DatasetsOption = Annotated[str, typer.Option(help="Datasets instead of the experiment's: x,y")]
+SeedsOption = Annotated[str, typer.Option(help="Seeds instead of the experiment's: 0,1")]
+
+
+def main() -> None:
+    """Entry point of the `speck` command. Exit code 1 on failure, with the reason on stderr."""
+    from flows.settings import Settings, prepare_environment
+
+    prepare_environment(Settings().home)
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        fail("interrupted; what was reached is kept, run the same command to go on", code=130)
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        fail(f"{type(error).__name__}: {error}")
+
+
+@app.command("train-all")
+def train_all_command(
+    spec: SpecOption = "default",
+    sets: SetOption = [],  # noqa: B006  (typer reads the default, nothing mutates it)
+    architectures: ArchitecturesOption = "",
+    datasets: DatasetsOption = "",
+    seeds: SeedsOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Train every architecture x dataset x seed that is not trained yet, compare, and promote the best."""
+    _train(spec, sets, _names(architectures), _names(datasets), _seeds(seeds), as_json)
+
+
+@app.command()
+def train(
+    architecture: str, dataset: str, spec: SpecOption = "default", sets: SetOption = [],  # noqa: B006
+    seeds: SeedsOption = "", as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Train one architecture on one dataset."""
+    _train(spec, sets, [architecture], [dataset], _seeds(seeds), as_json)
+
+
+@app.command()
+def plan(
+    spec: SpecOption = "default",
+    sets: SetOption = [],  # noqa: B006
+    architectures: ArchitecturesOption = "",
+    datasets: DatasetsOption = "",
+    seeds: SeedsOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what train-all would do to each cell, and why, without doing it."""
+    from data.versioning import current_version
+    from flows.cells import plan_cell
+    from flows.experiment import load_experiment
+    from flows.settings import REPO, Settings
+
+    experiment = load_experiment(
+        spec, sets, architectures=_names(architectures), datasets=_names(datasets), seeds=_seeds(seeds)
+    )
+    found = {name: current_version(name, REPO) for name in experiment.datasets}
+    known = {name: version.version for name, version in found.items() if version is not None}
+    unversioned = sorted(found.keys() - known.keys())
+    reduced = experiment.model_copy(update={"datasets": tuple(known)})
+    planned = [plan_cell(cell, Settings()) for cell in reduced.cells(known)]
+    if as_json:
+        cells = [
+            {"run_key": cell.spec.run_key, "architecture": cell.spec.architecture.name, "seed": cell.spec.seed,
+             "dataset": cell.spec.dataset.name, "dataset_version": cell.spec.dataset.version,
+             "state": cell.state, "why": cell.why}
+            for cell in planned
+        ]  # fmt: skip
+        print_json({"cells": cells, "unversioned_datasets": unversioned})
+        return
+    for cell in planned:
+        typer.echo(f"{cell.spec.run_key}  {cell.state:7}  {cell.spec.title}: {cell.why}")
+    for name in unversioned:
+        typer.echo(f"{'-' * 12}  train    every cell on {name}: it has no version yet, train-all will make one")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run key of a finished run, or its beginning.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    as_json: JsonOption = False,
+) -> None:
+    """Score a finished run's weights again on one split."""
+    from flows.evaluate import find_result, score_run
+    from flows.settings import Settings
+
+    if split not in {"val", "test"}:
+        raise typer.BadParameter(f"{split!r} is no split to score on; use val or test", param_hint="--split")
+    settings = Settings()
+    score = score_run(find_result(run, settings), settings, split=split)  # type: ignore[arg-type]
+    if as_json:
+        print_json(score.model_dump(mode="json"))
+        return
+    typer.echo(f"{score.run_key} on {score.dataset_name} {score.dataset_version[:12]} {split}, {score.counts}")
+    for name, value in score.metrics.items():
+        typer.echo(f"  {name:20} {'no ground truth' if value is None else f'{value:.4f}'}")
+
+
+@app.command()
+def history(dataset: str, as_json: JsonOption = False) -> None:
+    """Registered versions of a dataset's model, newest first, with what was decided and why."""
+    from dataclasses import asdict
+
+    from data.card import load_card
+    from flows.settings import Settings
+    from tracking.client import connect
+    from tracking.registry import history as versions_of
+
+    load_card(dataset)
+    versions = versions_of(connect(Settings().tracking_uri), dataset)
+    if as_json:
+        print_json([asdict(version) for version in versions])
+        return
+    if not versions:
+        typer.echo(f"no model of {dataset} is registered yet; run `speck train-all`")
+    for version in versions:
+        score = version.scores.get("test/coco/AP")
+        typer.echo(
+            f"v{version.version:<3} {version.architecture:16} run {version.run_key} "
+            f"data {version.dataset_version[:12]} "
+            f"AP {'-' if score is None else f'{score:.3f}'}  {version.verdict or 'undecided'}"
+            f"{' [' + ', '.join(version.aliases) + ']' if version.aliases else ''}: {version.reason}"
+        )
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """Architectures that can be trained, with their settings."""
+    from dataclasses import asdict
+
+    from models import ARCHITECTURES
+
+    if as_json:
+        print_json({name: asdict(architecture.config) for name, architecture in ARCHITECTURES.items()})
+        return
+    for name, architecture in ARCHITECTURES.items():
+        settings = ", ".join(f"{key}={value}" for key, value in asdict(architecture.config).items())
+        typer.echo(f"{name:14} {settings}")
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print the reason on stderr and exit."""
+    typer.echo(message, err=True)
+    sys.exit(code)
+
+
+def is_expected(error: Exception) -> bool:
+    """True for errors that are an answer to the user, not a fault of ours: those that our own packages define."""
+    ours = {"flows", "models", "data", "training", "evaluation", "tracking"}
+    return type(error).__module__.partition(".")[0] in ours
+
+
+def _train(
+    spec: str, sets: Sequence[str], architectures: Sequence[str], datasets: Sequence[str], seeds: Sequence[int],
+    as_json: bool,
+) -> None:  # fmt: skip
+    from flows.experiment import load_experiment
+    from flows.settings import Settings
+
+    # Checked before anything heavy starts; the flow loads it again from the same arguments.
+    load_experiment(spec, sets, architectures=architectures, datasets=datasets, seeds=seeds)
+    from flows.say import plain_terminal
+
+    plain_terminal(sys.stderr if as_json else sys.stdout)
+    from flows.leaderboard import as_json as leaderboard_json
+    from flows.leaderboard import as_table
+    from flows.train_all import CellsFailed, train_all
+
+    try:
+        report = train_all(
+            experiment=spec, changes=list(sets), architectures=list(architectures), datasets=list(datasets),
+            seeds=list(seeds),
+        )  # fmt: skip
+    except CellsFailed as error:
+        report = error.report
+    if as_json:
+        print_json({"rows": leaderboard_json(report.rows), "seconds": report.seconds})
+    else:
+        _print_table(as_table(report.rows))
+        settings = Settings()
+        for row in report.rows:
+            typer.echo(
+                f"{row.architecture} / {row.dataset} / seed {row.seed}: "
+                + (
+                    f"failed: {row.error}"
+                    if row.error
+                    else f"pictures in {settings.storage / row.run_key / 'artifacts'}"
+                )
+            )
+        typer.echo("compare runs in the browser: make ui")
+    if report.failed:
+        raise CellsFailed(report)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in _names(text)]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: seeds are whole numbers, separated by commas", param_hint="--seeds"
+        ) from None
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    # Without a terminal rich would assume 80 columns and break names apart.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,0 +1,180 @@
+"""What to train: an experiment file, changed by `--set` and the axes of the matrix, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data.card import did_you_mean, load_card
+from training.spec import (
+    ArchitectureSpec,
+    ComputeSpec,
+    DatasetSpec,
+    RunSpec,
+    ScoringSpec,
+    TrainingSpec,
+    resolve_precision,
+)
+
+RUNS = Path(__file__).parent / "runs"
+
+
+class BadExperiment(ValueError):
+    """An experiment with unknown keys or impossible values; the message lists all of them."""
+
+
+class Experiment(BaseModel):
+    """The product of architectures, datasets and seeds under one recipe. One file of `flows/runs/`.
+
+    `settings` changes an architecture's own settings: architecture name -> setting -> value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architectures: tuple[str, ...] = Field(min_length=1)
+    datasets: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    training: TrainingSpec = TrainingSpec()
+    scoring: ScoringSpec = ScoringSpec()
+    compute: ComputeSpec = ComputeSpec()
+
+    def cells(self, versions: dict[str, str]) -> list[RunSpec]:
+        """One spec for each architecture x dataset x seed, given the version of each dataset."""
+        import models
+
+        training = self.training.model_copy(
+            update={
+                "precision": resolve_precision(self.training.precision, gpus_per_worker=self.compute.gpus_per_worker)
+            }
+        )
+        resolved = {
+            name: dataclasses.asdict(models.configure(name, **self.settings.get(name, {})))
+            for name in self.architectures
+        }
+        return [
+            RunSpec(
+                architecture=ArchitectureSpec(name=architecture, settings=resolved[architecture]),
+                dataset=DatasetSpec(name=dataset, version=versions[dataset], card=load_card(dataset)),
+                training=training,
+                scoring=self.scoring,
+                compute=self.compute,
+                seed=seed,
+            )
+            for dataset in self.datasets
+            for architecture in self.architectures
+            for seed in self.seeds
+        ]
+
+
+def load_experiment(
+    spec: Path | str = "default",
+    sets: Sequence[str] = (),
+    *,
+    architectures: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> Experiment:
+    """The experiment in `spec` (a file, or a name in `flows/runs/`), with the changes applied.
+
+    `sets` are `key.path=value`, the value in YAML.
+
+    Raises:
+        BadExperiment: no such file, or anything in it or in the changes is unknown or impossible.
+        UnknownDataset, models.UnknownArchitecture, models.UnknownSetting: the name is not known.
+    """
+    path = _find(spec)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise BadExperiment(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise BadExperiment(f"{path}: expected keys and values, found {type(content).__name__}")
+    for change in sets:
+        _apply(content, change)
+    for key, values in {"architectures": architectures, "datasets": datasets, "seeds": seeds}.items():
+        if values:
+            content[key] = list(values)
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise BadExperiment(f"{path.name}:\n" + "\n".join(readable_errors(error, Experiment))) from None
+    _check_names(experiment)
+    return experiment
+
+
+def _check_names(experiment: Experiment) -> None:
+    import models
+
+    unused = experiment.settings.keys() - set(experiment.architectures)
+    if unused:
+        raise BadExperiment(
+            f"settings.{min(unused)}: not among the architectures {list(experiment.architectures)}; "
+            "add it there or remove its settings"
+        )
+    for name in experiment.architectures:
+        models.configure(name, **experiment.settings.get(name, {}))
+    for name in experiment.datasets:
+        load_card(name)
+
+
+def _find(spec: Path | str) -> Path:
+    path = Path(spec)
+    if path.suffix in {".yaml", ".yml"}:
+        if path.is_file():
+            return path
+        raise BadExperiment(f"{path}: no such experiment file; those at hand: {_known()}")
+    named = RUNS / f"{spec}.yaml"
+    if named.is_file():
+        return named
+    raise BadExperiment(
+        f"{spec!r} is no experiment in flows/runs.{did_you_mean(str(spec), _known())} Known: {', '.join(_known())}"
+    )
+
+
+def _known() -> list[str]:
+    return sorted(path.stem for path in RUNS.glob("*.yaml"))
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    key_path, equals, text = change.partition("=")
+    if not equals or not key_path:
+        raise BadExperiment(f"--set {change!r}: expected key.path=value, for example training.epochs=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadExperiment(f"--set {change!r}: the value is not YAML: {error}") from error
+    *parents, last = key_path.split(".")
+    place = content
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise BadExperiment(f"--set {change!r}: {parent!r} holds {inner!r}, which has no keys")
+        place = inner
+    place[last] = value
+
+
+def readable_errors(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
+    """One line for each problem: key, value, rule, and the nearest known key where one is unknown."""
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(model, problem["loc"][:-1])
+            hint = did_you_mean(str(problem["loc"][-1]), known)
+            yield f"  {key}: unknown key.{hint} Known: {', '.join(known)}"
+        else:
+            yield f"  {key}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,151 @@
+"""From a run's folder to its MLflow run. Whatever happens to MLflow, training never notices."""
+
+from __future__ import annotations
+
+import getpass
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.settings import REPO
+from tracking.client import TrackingUnavailable, connect
+from tracking.runs import DatasetRef, JournalEntry, ensure_run, finish, replay
+from training.records import RunResult, read_journal
+from training.spec import RunSpec
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+class Recorder:
+    """Keeps one cell's MLflow run up to date with its journal.
+
+    When the store is unreachable it says so once and stops trying; the journal keeps everything for later.
+    """
+
+    def __init__(self, tracking_uri: str, parent_run_id: str | None, warn: Callable[[str], None]) -> None:
+        self._tracking_uri, self._parent_run_id, self._warn = tracking_uri, parent_run_id, warn
+        self._client: MlflowClient | None = None
+        self._lost = False
+        self.run_id: str | None = None
+
+    def begin(self, spec: RunSpec, code_hash: str) -> None:
+        """Create or find the run of this cell."""
+
+        def create(client: MlflowClient) -> None:
+            self.run_id = ensure_run(
+                client,
+                experiment=spec.dataset.name,
+                run_key=spec.run_key,
+                name=f"{spec.architecture.name}-s{spec.seed}-{spec.run_key[:6]}",
+                params=flat_params(spec),
+                tags={**provenance(), "speck.code_hash": code_hash, "architecture": spec.architecture.name,
+                      "dataset": spec.dataset.name, "dataset_version": spec.dataset.version},
+                dataset=DatasetRef(spec.dataset.name, spec.dataset.version, spec.dataset.card.source, {}),
+                start_time_ms=_now_ms(),
+                parent_run_id=self._parent_run_id,
+            )  # fmt: skip
+
+        if self.run_id is None:
+            self._try(create)
+
+    def sync(self, run_folder: Path) -> None:
+        """Send what the journal has and MLflow has not."""
+
+        def send(client: MlflowClient) -> None:
+            if self.run_id is not None:
+                entries = [
+                    JournalEntry(entry.step, entry.epoch, entry.timestamp_ms, entry.metrics)
+                    for entry in read_journal(run_folder)
+                ]
+                replay(client, self.run_id, entries)
+
+        self._try(send)
+
+    def finish(self, run_folder: Path, result: RunResult) -> None:
+        """Send the rest of the journal, the scores and the artifacts, and close the run."""
+        self.sync(run_folder)
+
+        def close(client: MlflowClient) -> None:
+            if self.run_id is not None:
+                finish(
+                    client,
+                    self.run_id,
+                    "FINISHED",
+                    scores=flat_scores(result),
+                    artifacts_dir=run_folder / "artifacts",
+                    end_time_ms=result.finished_ms,
+                )
+
+        self._try(close)
+
+    def fail(self, run_folder: Path) -> None:
+        """Send what the journal has and mark the run as failed; a later attempt opens it again."""
+        self.sync(run_folder)
+
+        def close(client: MlflowClient) -> None:
+            if self.run_id is not None:
+                finish(client, self.run_id, "FAILED", scores={}, artifacts_dir=None, end_time_ms=_now_ms())
+
+        self._try(close)
+
+    def _try(self, action: Callable[[MlflowClient], None]) -> None:
+        if self._lost:
+            return
+        try:
+            if self._client is None:
+                self._client = connect(self._tracking_uri)
+            action(self._client)
+        except TrackingUnavailable as error:
+            self._lost = True
+            self._warn(f"MLflow is left behind, training goes on: {error}")
+
+
+def flat_params(spec: RunSpec) -> dict[str, str]:
+    """The spec as dotted names and short values, without the dataset's card."""
+    content = spec.model_dump(mode="json", exclude={"dataset": {"card"}})
+    return {name: str(value) for name, value in _flatten(content, "")}
+
+
+def _flatten(content: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        flat += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return flat
+
+
+def flat_scores(result: RunResult) -> dict[str, float]:
+    """Scores as `final/split/protocol/metric[/class]`, without those that had no ground truth."""
+    flat: dict[str, float] = {}
+    for split, score in result.scores.items():
+        flat |= {f"{split}/{name}": value for name, value in score.metrics.items() if value is not None}
+        for label, metrics in score.per_class.items():
+            flat |= {
+                f"{split}/{score.protocol}/{name}/{label}": value
+                for name, value in metrics.items()
+                if value is not None
+            }
+    return {f"final/{name}": value for name, value in flat.items()}
+
+
+def provenance() -> dict[str, str]:
+    """Commit, whether the tree differed from it, who and where."""
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "mlflow.source.git.commit": commit or "unknown",
+        "speck.dirty": str(bool(_git("status", "--porcelain"))) if commit else "unknown",
+        "mlflow.user": getpass.getuser(),
+        "speck.host": platform.node(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=REPO, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,1 @@
+"""Run: the services around the pipeline."""

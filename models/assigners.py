@@ -1,0 +1,146 @@
+"""Assigners: which anchor point answers for which ground truth.
+
+Shapes: B images, A anchor points, N candidates among them, G ground truths, C classes, P positives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .boxes import pairwise_iou, points_in_boxes
+from .heads import AnchorPredictions
+from .interface import Targets
+
+CandidateMode = Literal["center", "box_or_center"]
+
+MAX_POSITIVES_PER_OBJECT = 10
+IOU_COST_WEIGHT = 3.0
+# What a candidate outside the wanted region of this very object pays: more than any real cost.
+OUTSIDE_PENALTY: dict[CandidateMode, float] = {"center": 1e6, "box_or_center": 1e5}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The positives of one batch, ordered by image, then anchor; an anchor occurs at most once per image.
+
+    `image_index`, `anchor_index`, `object_index` (into the batch's `Targets`), each int64 (P,).
+    """
+
+    image_index: Tensor
+    anchor_index: Tensor
+    object_index: Tensor
+
+
+@dataclass(frozen=True)
+class SimOTA:
+    """Simplified optimal transport assignment (Ge et al. 2021, section 2.3).
+
+    `candidate_mode="center"`: candidates lie within `center_radius` strides (per axis) of an object's centre.
+    `"box_or_center"`: the rule of the paper, inside a box or near its centre; preferred are those that are both.
+    Ties go to the first anchor, and to the first object, so that the result does not depend on the device.
+    """
+
+    candidate_mode: CandidateMode
+    center_radius: float
+
+    @torch.no_grad()
+    def __call__(self, predictions: AnchorPredictions, targets: Targets) -> Assignment:
+        """Assign a batch, in the precision of the predictions: call it with autocast off."""
+        boxes_xyxy_px = predictions.decoded_boxes_xyxy_px()
+        anchors_xy_px = predictions.anchors_xy_px
+        none = targets.image_index.new_zeros(0)
+        images, anchors, objects = [none], [none], [none]
+        start = 0
+        for image, count in enumerate(torch.bincount(targets.image_index, minlength=len(boxes_xyxy_px)).tolist()):
+            if count:
+                anchor_index, object_index = self._match(
+                    boxes_xyxy_px[image],
+                    predictions.objectness_logits[image],
+                    predictions.class_logits[image],
+                    anchors_xy_px,
+                    predictions.strides,
+                    targets.boxes_xyxy_px[start : start + count].to(boxes_xyxy_px.dtype),
+                    targets.labels[start : start + count],
+                )
+                images.append(torch.full_like(anchor_index, image))
+                anchors.append(anchor_index)
+                objects.append(object_index + start)
+            start += count
+        return Assignment(torch.cat(images), torch.cat(anchors), torch.cat(objects))
+
+    def _match(
+        self,
+        boxes_xyxy_px: Tensor,
+        objectness_logits: Tensor,
+        class_logits: Tensor,
+        anchors_xy_px: Tensor,
+        strides: Tensor,
+        object_boxes_xyxy_px: Tensor,
+        object_labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Match one image; return anchor_index and object_index, each (P,). Only candidates are scored."""
+        candidate_mask, preferred = self._geometry(anchors_xy_px, strides, object_boxes_xyxy_px)
+        candidates = candidate_mask.nonzero().squeeze(1)
+        if len(candidates) == 0:
+            return candidates, candidates
+        iou = pairwise_iou(object_boxes_xyxy_px, boxes_xyxy_px[candidates])
+        cost = class_cost(objectness_logits[candidates], class_logits[candidates], object_labels)
+        cost -= IOU_COST_WEIGHT * (iou + 1e-8).log()
+        cost += OUTSIDE_PENALTY[self.candidate_mode] * ~preferred[:, candidates]
+        owner = match_dynamic_k(cost, iou)
+        positive = (owner >= 0).nonzero().squeeze(1)
+        return candidates[positive], owner[positive]
+
+    def _geometry(self, anchors_xy_px: Tensor, strides: Tensor, object_boxes_xyxy_px: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which anchors are candidates (A,) and which are preferred by which object (G, A)."""
+        object_centers = (object_boxes_xyxy_px[:, :2] + object_boxes_xyxy_px[:, 2:]) / 2
+        # An anchor is near a centre when the centre is near the anchor; asked this way, no (G, A) floats arise.
+        reach_px = self.center_radius * strides.unsqueeze(1)
+        squares_xyxy_px = torch.cat((anchors_xy_px - reach_px, anchors_xy_px + reach_px), dim=1)
+        near_center = points_in_boxes(object_centers, squares_xyxy_px).t()
+        if self.candidate_mode == "center":
+            return near_center.any(0), near_center
+        in_box = points_in_boxes(anchors_xy_px, object_boxes_xyxy_px)
+        return (in_box | near_center).any(0), in_box & near_center
+
+
+def class_cost(objectness_logits: Tensor, class_logits: Tensor, object_labels: Tensor) -> Tensor:
+    """Return the cross entropy (G, N) of p = sqrt(p_class p_objectness) with each object's one-hot label.
+
+    The sum over classes is BCE(p, onehot(g)) = sum_c -log(1 - p_c) + log(1 - p_g) - log p_g: one sum per
+    candidate and one look-up per pair, instead of C terms per pair. Logarithms stop at -100.
+    """
+    p = (class_logits.sigmoid() * objectness_logits.sigmoid().unsqueeze(1)).sqrt()
+    log_no = torch.log1p(-p).clamp(min=-100)
+    log_yes = p.log().clamp(min=-100)
+    return (log_no - log_yes).t()[object_labels] - log_no.sum(1)
+
+
+def match_dynamic_k(cost: Tensor, iou: Tensor) -> Tensor:
+    """Return the object that wins each candidate, or -1: int64 (N,), from `cost` and `iou` (G, N).
+
+    Each object takes its k cheapest candidates, k being the sum of its ten best IoUs cut to an integer, at
+    least 1. A candidate taken by several objects goes to the one for which it is cheapest.
+    """
+    num_candidates = cost.shape[1]
+    most = min(MAX_POSITIVES_PER_OBJECT, num_candidates)
+    k = iou.topk(most, dim=1).values.sum(1).long().clamp(1, most).unsqueeze(1)
+
+    # One more than needed shows whether the k-th and the next are equal; top-k breaks such ties at will.
+    values, taken = cost.topk(min(most + 1, num_candidates), dim=1, largest=False)
+    following = k.clamp(max=values.shape[1] - 1)
+    tied = ((values.gather(1, k - 1) == values.gather(1, following)) & (following == k)).squeeze(1)
+    if tied.any():
+        taken[tied] = cost[tied].argsort(dim=1, stable=True)[:, : taken.shape[1]]
+
+    objects, slots = (torch.arange(taken.shape[1], device=k.device) < k).nonzero().unbind(1)
+    candidates = taken[objects, slots]
+    owner = torch.full((num_candidates,), -1, device=cost.device)
+    owner[candidates] = objects
+    contested = (torch.bincount(candidates, minlength=num_candidates) > 1).nonzero().squeeze(1)
+    owner[contested] = cost[:, contested].argmin(dim=0)
+    return owner

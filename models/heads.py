@@ -1,0 +1,123 @@
+"""Heads: feature maps of a neck to raw predictions.
+
+Shapes: B images, D tower channels, C classes, A anchor points over all levels; h x w one level's map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import ConvBlock, spatial_conv, without_autocast
+from .boxes import anchor_grid, decode_boxes
+
+PRIOR_PROBABILITY = 0.01
+
+
+@dataclass(frozen=True)
+class AnchorPredictions:
+    """Raw float32 predictions, one per anchor point, finest level first.
+
+    `boxes_raw` (B, A, 4) as (tx, ty, tw, th); `objectness_logits` (B, A); `class_logits` (B, A, C);
+    `grid_xy` (A, 2) cell corners in cells; `strides` (A,) in pixels.
+    """
+
+    boxes_raw: Tensor
+    objectness_logits: Tensor
+    class_logits: Tensor
+    grid_xy: Tensor
+    strides: Tensor
+
+    @property
+    def anchors_xy_px(self) -> Tensor:
+        """Centres of the anchor points (A, 2)."""
+        return (self.grid_xy + 0.5) * self.strides.unsqueeze(1)
+
+    def decoded_boxes_xyxy_px(self) -> Tensor:
+        """Return the decoded boxes (B, A, 4)."""
+        return decode_boxes(self.boxes_raw, self.grid_xy, self.strides)
+
+
+@dataclass(frozen=True)
+class TowerFeatures:
+    """Outputs of the two towers at one level, each (B, D, h, w)."""
+
+    classification: Tensor
+    regression: Tensor
+
+
+class DecoupledHead(nn.Module):
+    """Decoupled head of YOLOX: per level a 1x1 stem, a classification tower and a regression tower of two 3x3 blocks.
+
+    Box and objectness both read the regression tower. The classification and objectness biases start at a
+    foreground probability of 0.01.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        strides: Sequence[int],
+        hidden_channels: int,
+        num_classes: int,
+        *,
+        depthwise: bool = False,
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.num_classes = num_classes
+
+        def tower() -> nn.Sequential:
+            blocks = (spatial_conv(hidden_channels, hidden_channels, 3, depthwise=depthwise) for _ in range(2))
+            return nn.Sequential(*blocks)
+
+        def predictor(out_channels: int) -> nn.ModuleList:
+            return nn.ModuleList(nn.Conv2d(hidden_channels, out_channels, 1) for _ in in_channels)
+
+        self.stems = nn.ModuleList(ConvBlock(channels, hidden_channels, 1) for channels in in_channels)
+        self.class_towers = nn.ModuleList(tower() for _ in in_channels)
+        self.box_towers = nn.ModuleList(tower() for _ in in_channels)
+        self.class_predictors = predictor(num_classes)
+        self.box_predictors = predictor(4)
+        self.objectness_predictors = predictor(1)
+        prior_logit = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
+        for conv in (*self.class_predictors, *self.objectness_predictors):
+            nn.init.constant_(conv.bias, prior_logit)
+
+    def towers(self, features: Sequence[Tensor]) -> list[TowerFeatures]:
+        """Return the tower outputs of each level."""
+        levels = zip(self.stems, self.class_towers, self.box_towers, features, strict=True)
+        stems = ((stem(x), class_tower, box_tower) for stem, class_tower, box_tower, x in levels)
+        return [TowerFeatures(class_tower(x), box_tower(x)) for x, class_tower, box_tower in stems]
+
+    def predict(self, towers: Sequence[TowerFeatures]) -> AnchorPredictions:
+        """Return the predictions of all levels from their tower outputs.
+
+        The predictors keep the precision of their weights even under autocast: bfloat16 knows a logit near -4.6 only to 1/32, and a
+        box side only to 1/256, which would blur scores and tiny boxes.
+        """
+        boxes, objectness, classes = [], [], []
+        weight = self.box_predictors[0].weight
+        with without_autocast(weight.device):
+            for level, tower in enumerate(towers):
+                regression, classification = tower.regression.to(weight.dtype), tower.classification.to(weight.dtype)
+                boxes.append(self.box_predictors[level](regression))
+                objectness.append(self.objectness_predictors[level](regression))
+                classes.append(self.class_predictors[level](classification))
+        sizes_hw = [(level.shape[2], level.shape[3]) for level in boxes]
+        grid_xy, strides = anchor_grid(sizes_hw, self.strides, boxes[0].device)
+        return AnchorPredictions(
+            _per_anchor(boxes), _per_anchor(objectness).squeeze(2), _per_anchor(classes), grid_xy, strides
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> AnchorPredictions:
+        """Return the predictions of all levels from one map (B, C, h, w) per level."""
+        return self.predict(self.towers(features))
+
+
+def _per_anchor(levels: Sequence[Tensor]) -> Tensor:
+    """Return float32 (B, A, K) from the maps (B, K, h, w) of all levels."""
+    return torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], dim=1).float()

@@ -1,0 +1,69 @@
+"""Loss terms as sums; the training loop divides them by counts taken over the whole global batch.
+
+Shapes: B images, A anchor points, C classes, G ground truths, R ignore regions, P positives. A sum over no
+positives is zero and stays connected to the graph, so that every parameter gets a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .assigners import Assignment
+from .boxes import aligned_iou, decode_boxes, encode_boxes, points_in_boxes
+from .heads import AnchorPredictions
+from .interface import Losses, Targets
+
+BOX_WEIGHT = 5.0
+
+
+def anchor_losses(
+    predictions: AnchorPredictions, targets: Targets, assignment: Assignment, *, closing: bool = False
+) -> Losses:
+    """Return the sums "box", "objectness" and "class", with "l1" when `closing`; every count is P.
+
+    Source: YOLOX (Ge et al. 2021): 5 (1 - IoU^2), and cross entropies whose class target is the one-hot label
+    scaled by the IoU and whose objectness target is 1 for positives, over all anchors; per positive.
+
+    Differs from the paper: a negative anchor whose centre lies in an ignore region is left out of the objectness
+    sum, because whatever stands there is unlabelled; metrics count these anchors.
+    """
+    at = (assignment.image_index, assignment.anchor_index)
+    boxes_raw = predictions.boxes_raw[at]
+    grid_xy, strides = predictions.grid_xy[at[1]], predictions.strides[at[1]]
+    object_boxes_xyxy_px = targets.boxes_xyxy_px[assignment.object_index]
+    iou = aligned_iou(decode_boxes(boxes_raw, grid_xy, strides), object_boxes_xyxy_px)
+
+    foreground = torch.zeros_like(predictions.objectness_logits)
+    foreground[at] = 1.0
+    ignored = ignored_anchors(predictions, targets) & (foreground == 0)
+    labels = F.one_hot(targets.labels[assignment.object_index], predictions.class_logits.shape[2])
+    class_targets = labels * iou.detach().unsqueeze(1)
+
+    sums = {
+        "box": BOX_WEIGHT * (1 - iou.square()).sum(),
+        "objectness": F.binary_cross_entropy_with_logits(
+            predictions.objectness_logits, foreground, weight=(~ignored).float(), reduction="sum"
+        ),
+        "class": F.binary_cross_entropy_with_logits(predictions.class_logits[at], class_targets, reduction="sum"),
+    }
+    if closing:
+        sums["l1"] = F.l1_loss(boxes_raw, encode_boxes(object_boxes_xyxy_px, grid_xy, strides), reduction="sum")
+    return Losses(sums, dict.fromkeys(sums, foreground.sum()), _metrics(targets, assignment, ignored))
+
+
+def ignored_anchors(predictions: AnchorPredictions, targets: Targets) -> Tensor:
+    """Return which anchor points have their centre in an ignore region of their image: bool (B, A)."""
+    regions = torch.zeros_like(predictions.objectness_logits)
+    inside = points_in_boxes(predictions.anchors_xy_px, targets.ignore_xyxy_px)
+    return regions.index_add_(0, targets.ignore_image_index, inside.to(regions.dtype)) > 0
+
+
+def _metrics(targets: Targets, assignment: Assignment, ignored: Tensor) -> dict[str, Tensor]:
+    num_positives = torch.bincount(assignment.object_index, minlength=len(targets.labels)).float()
+    return {
+        "positives_per_object": num_positives.sum() / max(len(num_positives), 1),
+        "num_objects_without_positive": (num_positives == 0).sum().float(),
+        "num_ignored_anchors": ignored.sum().float(),
+    }

@@ -1,0 +1,126 @@
+"""YOLOX (Ge et al. 2021, "YOLOX: Exceeding YOLO series in 2021"): anchor-free, decoupled head, SimOTA.
+
+Shapes: B images, A anchor points over all levels, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .assigners import CandidateMode, SimOTA
+from .backbones import CSPDarknet, scaled_repeats
+from .blocks import without_autocast
+from .heads import AnchorPredictions, DecoupledHead
+from .interface import Architecture, Detections, Losses, PostprocessConfig, Targets
+from .losses import anchor_losses
+from .necks import PAFPN
+from .postprocess import select_detections
+from .settings import InvalidSetting
+
+STRIDES = (8, 16, 32)
+
+
+@dataclass(frozen=True)
+class YoloxConfig:
+    """Depth and width multipliers, separable convolutions, and the assigner's candidate rule.
+
+    `candidate_mode="center"` within 1.5 strides is the authors' later rule, made for tiny objects; the paper's own
+    is `"box_or_center"` within 2.5.
+
+    Raises:
+        InvalidSetting: a number is not positive and finite, or the width leaves no channels.
+    """
+
+    depth: float
+    width: float
+    depthwise: bool = False
+    candidate_mode: CandidateMode = "center"
+    center_radius: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "center_radius"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InvalidSetting(f"{name}={value!r} must be finite and above 0. Give a positive number.")
+        if self.width < 1 / 64:
+            raise InvalidSetting(
+                f"width={self.width!r} must be at least 1/64, or no channel is left. Give a larger one."
+            )
+
+
+class Yolox(nn.Module):
+    """A detector made of a backbone, a neck over its coarsest levels, a decoupled head, and SimOTA to train it."""
+
+    def __init__(self, backbone: nn.Module, neck: nn.Module, head: DecoupledHead, assigner: SimOTA) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.assigner = assigner
+        self.num_classes = head.num_classes
+        self.strides = head.strides
+
+    def forward(self, images: Tensor) -> AnchorPredictions:
+        """Images (B, 3, H, W), BGR, 0..255, to raw predictions.
+
+        Raises:
+            ValueError: the shape is not (B, 3, H, W), or H or W is not a multiple of the largest stride.
+        """
+        check_images(images, max(self.strides))
+        features = self.backbone(images)
+        predictions: AnchorPredictions = self.head(self.neck(features[-len(self.strides) :]))
+        return predictions
+
+    def criterion(self, predictions: AnchorPredictions, targets: Targets, *, closing: bool = False) -> Losses:
+        """Return the loss sums of one batch; see `losses.anchor_losses`."""
+        with without_autocast(predictions.boxes_raw.device):
+            assignment = self.assigner(predictions, targets)
+            return anchor_losses(predictions, targets, assignment, closing=closing)
+
+    @torch.no_grad()
+    def postprocess(self, predictions: AnchorPredictions, config: PostprocessConfig) -> list[Detections]:
+        """Return one `Detections` per image: score = objectness times the probability of the likeliest class."""
+        class_logits, labels = predictions.class_logits.max(dim=2)
+        scores = predictions.objectness_logits.sigmoid() * class_logits.sigmoid()
+        images = zip(predictions.decoded_boxes_xyxy_px(), scores, labels, strict=True)
+        return [select_detections(*image, config) for image in images]
+
+
+def check_images(images: Tensor, largest_stride: int) -> None:
+    """Raise ValueError unless `images` is (B, 3, H, W) with H and W multiples of the largest stride."""
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[1] != 3:
+        raise ValueError(f"images of shape {shape} must be (B, 3, H, W). Stack BGR images, channels first.")
+    if shape[2] % largest_stride or shape[3] % largest_stride:
+        raise ValueError(
+            f"image size {shape[2]} x {shape[3]} (H x W) must be a multiple of {largest_stride}, the largest stride, "
+            f"in both. Pad or resize the batch, for example to {_ceil(shape[2], largest_stride)} x "
+            f"{_ceil(shape[3], largest_stride)}."
+        )
+
+
+def _ceil(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
+
+
+def build_yolox(config: YoloxConfig, num_classes: int) -> Yolox:
+    """Return an initialised YOLOX."""
+    backbone = CSPDarknet(config.depth, config.width, depthwise=config.depthwise)
+    channels = backbone.out_channels[-len(STRIDES) :]
+    neck = PAFPN(channels, scaled_repeats(3, config.depth), depthwise=config.depthwise)
+    head = DecoupledHead(channels, STRIDES, int(256 * config.width), num_classes, depthwise=config.depthwise)
+    return Yolox(backbone, neck, head, SimOTA(config.candidate_mode, config.center_radius))
+
+
+YOLOX_SIZES = (
+    Architecture("yolox-nano", YoloxConfig(depth=0.33, width=0.25, depthwise=True), build_yolox),
+    Architecture("yolox-tiny", YoloxConfig(depth=0.33, width=0.375), build_yolox),
+    Architecture("yolox-s", YoloxConfig(depth=0.33, width=0.50), build_yolox),
+    Architecture("yolox-m", YoloxConfig(depth=0.67, width=0.75), build_yolox),
+    Architecture("yolox-l", YoloxConfig(depth=1.0, width=1.0), build_yolox),
+    Architecture("yolox-x", YoloxConfig(depth=1.33, width=1.25), build_yolox),
+)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.checking import check
+from data.prepare import prepare
+from data.problems import MAX_SHOWN, Problem, listing
+from data.summary import DatasetSummary, summaries
+
+Make = Callable[..., Path]
+
+
+def _spoil(split: str, document: dict[str, Any]) -> None:
+    if split == "train":
+        document["annotations"][0]["bbox"] = [10, 5, 0, 6]
+        document["annotations"][1]["bbox"] = [-1, 2.5, 10, 4]
+        document["annotations"][3]["category_id"] = 30
+
+
+def test_raw_problems_by_severity(coco_folder: Make, make_repo: Make) -> None:
+    source = coco_folder(_spoil)
+    (source / "images/val/a.png").unlink()
+    repo = make_repo(source)
+    found = {(problem.severity, problem.path.name, problem.rule.split(": ")[0]) for problem in check("tiny", repo)}
+    assert found == {
+        ("warning", "train.json", "annotation 1"),
+        ("warning", "train.json", "annotation 2"),
+        ("error", "train.json", "annotation 4"),
+        ("error", "a.png", "the image is missing"),
+    }
+
+
+def test_prepared_files_are_checked_too(coco_folder: Make, make_repo: Make) -> None:
+    repo = make_repo(coco_folder())
+    folder = prepare("tiny", repo)
+    assert check("tiny", repo) == []
+    (folder / "images/test/b.png").write_bytes(b"")
+    (problem,) = check("tiny", repo)
+    assert (problem.path, problem.severity) == (folder / "images/test/b.png", "error")
+
+
+def test_missing_raw_data(make_repo: Make, tmp_path: Path) -> None:
+    (problem,) = check("tiny", make_repo(tmp_path / "gone"))
+    assert "the raw data is missing" in str(problem)
+
+
+def test_long_listings_show_errors_first_and_count_the_rest() -> None:
+    warning = Problem(Path("a.json"), None, "w", "r", "warning")
+    problems = [warning] * (MAX_SHOWN + 5) + [Problem(Path("b.txt"), 7, "e", "r")]
+    lines = listing(problems).splitlines()
+    assert lines[0] == "b.txt:7: error: e. r"
+    assert lines[-1] == "... and 6 more"
+    assert len(lines) == MAX_SHOWN + 1
+
+
+def test_summaries(coco_folder: Make, make_repo: Make) -> None:
+    def spoil(split: str, document: dict[str, Any]) -> None:
+        document["annotations"][0]["bbox"] = [10, 5, 0, 6] if split == "train" else [-2, 5, 8, 6]
+
+    repo = make_repo(coco_folder(spoil))
+    assert summaries(repo) == [DatasetSummary("tiny", None, {}, None, None)]
+    output = {"path": "data/processed/tiny", "md5": "ab" * 16 + ".dir", "size": 99, "nfiles": 9}
+    (repo / "dvc.lock").write_text(yaml.safe_dump({"stages": {"prepare@tiny": {"outs": [output]}}}))
+    assert summaries(repo) == [DatasetSummary("tiny", "ab" * 16, {}, None, 99)]
+    prepare("tiny", repo)
+    images = {"train": 2, "val": 2, "test": 2}
+    assert summaries(repo) == [
+        DatasetSummary("tiny", "ab" * 16, images, 11, 99, num_boxes_clipped=2, num_boxes_excluded=1)
+    ]

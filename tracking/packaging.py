@@ -1,0 +1,153 @@
+"""A trained detector as an MLflow model folder that loads without this repository, and its digest."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracking.client import prepare_environment, speaks_to_store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.pyfunc import PyFuncModel
+
+DIGEST = "speck.digest"
+REQUIREMENTS = ("mlflow", "numpy", "opencv-python-headless", "pandas", "safetensors", "torch")
+PREDICTOR = Path(__file__).parent / "predictor.py"
+REGISTRATION = "\n\nfrom mlflow.models import set_model  # noqa: E402\n\nset_model(Predictor())\n"
+
+
+class DigestMismatch(RuntimeError):
+    """A registered model's files are not the ones that were registered: they must not be loaded."""
+
+
+def package(
+    weights: Path,
+    spec_json: str,
+    models_folder: Path,
+    out: Path,
+    *,
+    architecture: str,
+    settings: Mapping[str, Any],
+    class_names: Sequence[str],
+    input_size_px: int,
+    postprocess: Mapping[str, float],
+) -> Path:
+    """Writes an MLflow pyfunc model to the new folder `out` and returns it.
+
+    `weights` is a safetensors file of the detector's state; `settings` and `postprocess` are the keyword arguments of
+    `models.build` and `models.interface.PostprocessConfig`. No pickle is written. The copy of `models_folder` is named
+    by its content, so that two versions loaded in one process cannot see each other's code.
+
+    Raises FileExistsError when `out` exists.
+    """
+    prepare_environment()
+    import mlflow.pyfunc
+
+    if out.exists():
+        raise FileExistsError(f"{str(out)!r}: a model is packaged into a new folder. Remove it or choose another")
+    config = {
+        "architecture": architecture,
+        "settings": dict(settings),
+        "class_names": list(class_names),
+        "input_size_px": input_size_px,
+        "postprocess": dict(postprocess),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        staging = Path(temporary)
+        models = staging / "models"
+        shutil.copytree(models_folder, models, ignore=shutil.ignore_patterns("__pycache__"))
+        models = models.rename(staging / f"speck_models_{digest(models)[:8]}")
+        shutil.copy(weights, staging / "weights.safetensors")
+        (staging / "spec.json").write_text(spec_json, encoding="utf-8")
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        (staging / "predictor.py").write_text(PREDICTOR.read_text(encoding="utf-8") + REGISTRATION, encoding="utf-8")
+        mlflow.pyfunc.save_model(
+            path=str(out),
+            python_model=str(staging / "predictor.py"),
+            artifacts={
+                "weights": str(staging / "weights.safetensors"),
+                "spec": str(staging / "spec.json"),
+                "config": str(staging / "config.json"),
+                "models": str(models),
+            },
+            signature=_signature(),
+            input_example=_example(input_size_px),
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+        )
+    return out
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the relative path and content of every file under `folder`, in order of path."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{content} {path.relative_to(folder).as_posix()}\n".encode())
+    return total.hexdigest()
+
+
+@speaks_to_store
+def load_verified(client: MlflowClient, model_name: str, version: int) -> PyFuncModel:
+    """The model of a registered version, loaded from a private copy whose digest was checked first.
+
+    Raises DigestMismatch, before any of its code runs, when the files differ from the registered digest.
+    """
+    import mlflow.artifacts
+    import mlflow.pyfunc
+
+    registered = client.get_model_version(model_name, str(version))
+    temporary = tempfile.TemporaryDirectory(prefix="speck-model-")
+    folder = Path(
+        mlflow.artifacts.download_artifacts(
+            artifact_uri=registered.source, dst_path=temporary.name, tracking_uri=client.tracking_uri
+        )
+    )
+    # Left behind where somebody loaded the model in place; Python would run it instead of the source.
+    for cache in list(folder.rglob("__pycache__")):
+        shutil.rmtree(cache)
+    found, expected = digest(folder), registered.tags.get(DIGEST, "")
+    if found != expected:
+        temporary.cleanup()
+        raise DigestMismatch(
+            f"{model_name} version {version}: its files have digest {found[:12]}..., registered was "
+            f"{expected[:12] or 'none'}...: they were changed after registration. Do not load them: roll back"
+        )
+    model = mlflow.pyfunc.load_model(str(folder))
+    weakref.finalize(model, temporary.cleanup)
+    return model
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, Array, Object, Property
+
+    detection = Object(
+        [
+            Property("bbox_xyxy_px", Array(DataType.double)),
+            Property("score", DataType.double),
+            Property("label", DataType.long),
+            Property("class_name", DataType.string),
+        ]
+    )
+    return ModelSignature(Schema([ColSpec(AnyType(), "image")]), Schema([ColSpec(Array(detection))]))
+
+
+def _example(input_size_px: int) -> Any:
+    import cv2
+    import numpy as np
+    import pandas as pd
+
+    _, encoded = cv2.imencode(".png", np.full((input_size_px, input_size_px, 3), 114, np.uint8))
+    return pd.DataFrame({"image": [base64.b64encode(encoded.tobytes()).decode()]})

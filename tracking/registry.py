@@ -1,0 +1,175 @@
+"""The model registry: one registered model per dataset, its versions, and the aliases `champion` and `previous`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tracking.client import speaks_to_store
+from tracking.packaging import DIGEST, digest
+from tracking.runs import RUN_KEY, upload
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+PREVIOUS = "previous"
+ARCHITECTURE = "speck.architecture"
+DATASET_VERSION = "speck.dataset_version"
+VERDICT = "speck.verdict"
+REASON = "speck.reason"
+SCORE_PREFIX = "speck.score."
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version; `scores` are test scores by metric name, `tags` everything else that was recorded."""
+
+    version: int
+    run_key: str
+    run_id: str
+    created_ms: int
+    aliases: tuple[str, ...]
+    scores: Mapping[str, float]
+    tags: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The digest of the packaged folder, `""` if none was recorded."""
+        return self.tags.get(DIGEST, "")
+
+    @property
+    def architecture(self) -> str:
+        """Name of the architecture."""
+        return self.tags.get(ARCHITECTURE, "")
+
+    @property
+    def dataset_version(self) -> str:
+        """DVC hash of the dataset that the model was trained and tested on."""
+        return self.tags.get(DATASET_VERSION, "")
+
+    @property
+    def verdict(self) -> str:
+        """`promoted`, `rejected`, or `""` before a decision."""
+        return self.tags.get(VERDICT, "")
+
+    @property
+    def reason(self) -> str:
+        """Why it was promoted or rejected."""
+        return self.tags.get(REASON, "")
+
+
+@speaks_to_store
+def register(
+    client: MlflowClient,
+    *,
+    model_name: str,
+    run_id: str,
+    run_key: str,
+    model_folder: Path,
+    tags: Mapping[str, str],
+    scores: Mapping[str, float],
+) -> int:
+    """The version number of `run_key` in `model_name`: the one that exists, else a new one from `model_folder`.
+
+    The folder becomes an artifact of the run, in a directory named by its digest, so that a half-finished upload
+    of another packaging can never mix with it. Raises ValueError for a score that is not finite.
+    """
+    for metric, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"score {metric!r} is {score}: only finite scores can be registered. Score it again")
+    _ensure_model(client, model_name)
+    for version in history(client, model_name):
+        if version.run_key == run_key:
+            return version.version
+    folder_digest = digest(model_folder)
+    artifact_path = f"model-{folder_digest[:12]}"
+    upload(client, run_id, model_folder, artifact_path)
+    all_tags = {
+        **tags,
+        **{f"{SCORE_PREFIX}{metric}": repr(float(score)) for metric, score in scores.items()},
+        RUN_KEY: run_key,
+        DIGEST: folder_digest,
+    }
+    source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{artifact_path}"
+    return int(client.create_model_version(model_name, source, run_id, tags=all_tags).version)
+
+
+@speaks_to_store
+def champion(client: MlflowClient, model_name: str) -> Version | None:
+    """The version that holds the alias `champion`, None when there is none yet."""
+    return next((version for version in history(client, model_name) if CHAMPION in version.aliases), None)
+
+
+@speaks_to_store
+def history(client: MlflowClient, model_name: str) -> list[Version]:
+    """All versions of `model_name`, newest first; empty when nothing was registered."""
+    aliases = _aliases(client, model_name)
+    if aliases is None:
+        return []
+    versions: list[Any] = []
+    token = None
+    while token or not versions:
+        page = client.search_model_versions(f"name = '{model_name}'", max_results=1000, page_token=token)
+        versions += page
+        if not (token := page.token):
+            break
+    found = [_version(version, aliases) for version in versions]
+    return sorted(found, key=lambda version: version.version, reverse=True)
+
+
+@speaks_to_store
+def record_verdict(client: MlflowClient, model_name: str, version: int, *, promoted: bool, reason: str) -> None:
+    """Keeps the decision about a version beside it."""
+    client.set_model_version_tag(model_name, str(version), VERDICT, "promoted" if promoted else "rejected")
+    client.set_model_version_tag(model_name, str(version), REASON, reason)
+
+
+@speaks_to_store
+def promote(client: MlflowClient, model_name: str, version: int) -> None:
+    """Moves `champion` to `version`, and `previous` to the version that held it."""
+    holder = (_aliases(client, model_name) or {}).get(CHAMPION)
+    if holder == version:
+        return
+    if holder is not None:
+        client.set_registered_model_alias(model_name, PREVIOUS, str(holder))
+    client.set_registered_model_alias(model_name, CHAMPION, str(version))
+
+
+def _ensure_model(client: MlflowClient, model_name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _aliases(client: MlflowClient, model_name: str) -> dict[str, int] | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        aliases = client.get_registered_model(model_name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return {alias: int(version) for alias, version in aliases.items()}
+
+
+def _version(found: Any, aliases: Mapping[str, int]) -> Version:
+    number = int(found.version)
+    scores = {k.removeprefix(SCORE_PREFIX): float(v) for k, v in found.tags.items() if k.startswith(SCORE_PREFIX)}
+    return Version(
+        version=number,
+        run_key=found.tags.get(RUN_KEY, ""),
+        run_id=found.run_id or "",
+        created_ms=int(found.creation_timestamp),
+        aliases=tuple(sorted(alias for alias, version in aliases.items() if version == number)),
+        scores=scores,
+        tags={key: value for key, value in found.tags.items() if not key.startswith(SCORE_PREFIX)},
+    )

@@ -1,0 +1,1 @@
+"""Fit: the loop (no Ray in it), and the Ray Train job around it."""

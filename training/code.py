@@ -1,0 +1,48 @@
+"""Which code trained a run: a hash over everything that the loop and the architecture import."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from evaluation.result import code_hash
+
+PACKAGES = ("models", "data", "evaluation", "training")
+ROOTS = ("training.loop", "training.worker")
+
+
+def training_code_hash(repo: Path, architecture_module: str) -> str:
+    """12 hex digits over the import closure of the loop and one architecture's module, without comments and docstrings.
+
+    `models/__init__.py` is left out: it lists all architectures, and adding one changes no other.
+    """
+    pending = [*ROOTS, architecture_module]
+    seen: dict[str, Path] = {}
+    while pending:
+        module = pending.pop()
+        path = _source(repo, module)
+        if module in seen or path is None or module == "models":
+            continue
+        seen[module] = path
+        pending += _imports(module, path)
+    return code_hash([seen[module] for module in sorted(seen)])[:12]
+
+
+def _source(repo: Path, module: str) -> Path | None:
+    if module.partition(".")[0] not in PACKAGES:
+        return None
+    base = repo.joinpath(*module.split("."))
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+def _imports(module: str, path: Path) -> Iterator[str]:
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

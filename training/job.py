@@ -1,0 +1,54 @@
+"""The driver of one cell inside the cluster: `python -m training.job RUN_FOLDER ATTEMPT`.
+
+Writes `result.json` last, when all that it names lies in the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import ray
+from ray.train import WorkerGroupError
+
+from evaluation.result import ScoreResult
+from training.launch import build_trainer
+from training.meter import ERROR_MARK, PROGRESS_MARK
+from training.records import RunResult, hash_files, read_attempt, write_result
+
+
+def main(run_folder: Path, number: int) -> None:
+    """Train, score and record one attempt."""
+    started = time.monotonic()
+    ray.init(log_to_driver=True, configure_logging=False)
+    attempt = read_attempt(run_folder, number)
+    try:
+        build_trainer(attempt, run_folder).fit()
+    except WorkerGroupError as error:
+        for rank, cause in sorted(error.worker_failures.items()):
+            lines = str(cause).strip().splitlines() or [repr(cause)]
+            print(f"{PROGRESS_MARK} {ERROR_MARK} worker {rank}: {lines[-1]}", flush=True)
+        raise
+    artifacts = run_folder / "artifacts"
+    seconds: dict[str, float] = json.loads((artifacts / "seconds.json").read_bytes())
+    seconds["job"] = time.monotonic() - started
+    result = RunResult(
+        run_key=attempt.run_key,
+        spec=attempt.spec,
+        scores={
+            split: ScoreResult.model_validate_json((artifacts / f"score_{split}.json").read_bytes())
+            for split in ("val", "test")
+        },
+        files=hash_files(run_folder, artifacts),
+        attempts=number,
+        seconds=seconds,
+        code_hash=attempt.code_hash,
+        finished_ms=time.time_ns() // 1_000_000,
+    )
+    write_result(run_folder, result)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,74 @@
+"""The Ray Train job around the loop: placement, failures, checkpoints kept, and the journal."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from training.records import Attempt, JournalEntry, split_finite, write_entry
+from training.worker import train_worker
+
+NUM_CHECKPOINTS_KEPT = 2
+
+
+def build_trainer(attempt: Attempt, run_folder: Path) -> TorchTrainer:
+    """A trainer named by the run key: built again with the same name, it continues the run."""
+    compute = attempt.spec.compute
+    on_gpu = compute.gpus_per_worker > 0
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"attempt": attempt.model_dump(mode="json"), "run_folder": str(run_folder)},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=run_folder.name,
+            storage_path=str(run_folder.parent),
+            # Ray's own defaults for the last two are infinite.
+            failure_config=FailureConfig(
+                max_failures=compute.max_failures,
+                max_preemption_failures=compute.max_failures,
+                controller_failure_limit=compute.max_failures,
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=NUM_CHECKPOINTS_KEPT),
+            callbacks=[JournalCallback(run_folder, attempt)],
+        ),
+    )
+
+
+class JournalCallback(UserCallback):
+    """Writes one journal object per report, in the controller. An exception here would end the run: none leaves."""
+
+    def __init__(self, run_folder: Path, attempt: Attempt) -> None:
+        self.run_folder, self.attempt = run_folder, attempt
+        self.last = time.monotonic()
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Keep what rank 0 reported at the end of an epoch."""
+        del run_context, checkpoint
+        try:
+            values = dict(metrics[0])
+            if "step" not in values:
+                return
+            step, epoch, timestamp_ms = (int(values.pop(name)) for name in ("step", "epoch", "timestamp_ms"))
+            finite, non_finite = split_finite(values)
+            seconds, self.last = time.monotonic() - self.last, time.monotonic()
+            entry = JournalEntry(
+                run_key=self.attempt.run_key,
+                attempt=self.attempt.number,
+                step=step,
+                epoch=epoch,
+                timestamp_ms=timestamp_ms,
+                seconds=seconds,
+                code_hash=self.attempt.code_hash,
+                metrics=finite,
+                non_finite=non_finite,
+            )
+            write_entry(self.run_folder, entry)
+        except Exception:
+            traceback.print_exc()

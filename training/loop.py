@@ -1,0 +1,188 @@
+"""The training loop, without Ray, MLflow or printing: one run from its spec to scored weights.
+
+Every rank executes the same lines; what differs is the share of each global batch it sees.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from data.batch import Batch, collate
+from data.loader import DetectionDataset
+from data.sampler import GlobalBatchSampler
+from models.interface import Targets
+from training.meter import Meter, Progress
+from training.optimizer import learning_rate_at, set_learning_rate
+from training.scoring import Scored, score_split
+from training.spec import RunSpec
+from training.state import TrainingState, build_state, restore, save
+from training.workers import Workers
+
+MAX_NON_FINITE_STEPS = 20
+
+
+class Diverged(RuntimeError):
+    """The loss was not finite for too many steps in a row."""
+
+
+@dataclass
+class Hooks:
+    """What the surroundings do with news. All ranks call `report`; only rank 0 calls `progress`.
+
+    `report(metrics, step, epoch, save)`: `save(folder)` writes a checkpoint there.
+    """
+
+    report: Callable[[dict[str, float], int, int, Callable[[Path], object]], None]
+    progress: Callable[[Progress], None] = field(default=lambda _: None)
+
+
+def train(
+    spec: RunSpec, dataset_folder: Path, workers: Workers, hooks: Hooks, checkpoint: Path | None = None
+) -> tuple[TrainingState, Scored | None]:
+    """Train to the last epoch, from `checkpoint` when given.
+
+    Returns the final state, and on rank 0 the score of its weight average on the validation split.
+
+    Raises:
+        Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row.
+    """
+    torch.manual_seed(spec.seed)
+    state = build_state(spec, workers.device)
+    if checkpoint is not None:
+        restore(state, checkpoint)
+    parallel = DistributedDataParallel(state.model) if workers.world_size > 1 else state.model
+    dataset, sampler, loader = _training_data(spec, dataset_folder, workers)
+    validation: Scored | None = None
+    validated_epoch = -1
+    while state.epoch < spec.training.epochs:
+        started = time.monotonic()
+        closing = state.epoch >= spec.training.epochs - spec.training.closing_epochs
+        dataset.set_epoch(state.epoch, mosaic=not closing)
+        sampler.set_epoch(state.epoch)
+        metrics = train_one_epoch(spec, state, parallel, loader, workers, hooks, closing=closing)
+        metrics["time/train_s"] = time.monotonic() - started
+        metrics["train/images_per_s"] = len(loader) * spec.training.batch_size / metrics["time/train_s"]
+        state.epoch += 1
+        if state.epoch % spec.training.validate_every_epochs == 0 or state.epoch == spec.training.epochs:
+            validating = time.monotonic()
+            validation = score_split(spec, state.average.module, dataset_folder, "val", workers)
+            validated_epoch = state.epoch
+            if validation is not None:
+                scores = validation.result.metrics
+                metrics |= {f"val/{name}": value for name, value in scores.items() if value is not None}
+            metrics["time/validate_s"] = time.monotonic() - validating
+        hooks.report(metrics, state.step, state.epoch, lambda folder: save(spec, state, folder))
+    if validated_epoch != state.epoch:
+        validation = score_split(spec, state.average.module, dataset_folder, "val", workers)
+    return state, validation
+
+
+def train_one_epoch(
+    spec: RunSpec,
+    state: TrainingState,
+    parallel: nn.Module,
+    loader: DataLoader[Any],
+    workers: Workers,
+    hooks: Hooks,
+    *,
+    closing: bool,
+) -> dict[str, float]:
+    """One pass over the training split; the mean of every loss term, each divided over the global batch."""
+    state.model.train()
+    meter = Meter(spec, steps_per_epoch=len(loader), first_step=state.step)
+    skipped = 0
+    for batch in _timed(loader, meter):
+        learning_rate = learning_rate_at(state.step, len(loader), spec.training)
+        set_learning_rate(state.optimizer, learning_rate)
+        images, targets = to_device(batch, workers.device)
+        with torch.autocast(workers.device.type, torch.bfloat16, enabled=spec.training.precision == "bf16"):
+            predictions = parallel(images)
+        losses = state.detector.criterion(predictions, targets, closing=closing)
+        terms = list(losses.sums)
+        sums = torch.stack([losses.sums[term] for term in terms])
+        counts = torch.stack([losses.counts[term] for term in terms])
+        # One small all-reduce carries the counts, and the sums along with them for the log: a loss that
+        # is not finite on one rank is then not finite on all, and all of them skip together.
+        total_counts, total_sums = workers.sum(torch.stack([counts, sums.detach()]))
+        means = total_sums / total_counts.clamp(min=1)
+        state.step += 1
+        if not torch.isfinite(means).all():
+            skipped += 1
+            meter.non_finite_steps += 1
+            if skipped >= MAX_NON_FINITE_STEPS:
+                raise Diverged(
+                    f"the loss was not finite for {skipped} steps in a row, up to step {state.step} "
+                    f"(learning rate {learning_rate:.3g}); lower training.learning_rate or set training.precision=fp32"
+                )
+            continue
+        skipped = 0
+        # DistributedDataParallel averages gradients over ranks; the sum of all ranks is wanted.
+        loss = (sums / total_counts.clamp(min=1)).sum() * workers.world_size
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        state.average.update_parameters(state.model)
+        meter.update(
+            dict(zip(terms, means.tolist(), strict=True)), {name: float(v) for name, v in losses.metrics.items()}
+        )
+        if workers.rank == 0 and (news := meter.news(state)) is not None:
+            hooks.progress(news)
+    return meter.means() | {"train/learning_rate": learning_rate_at(max(state.step - 1, 0), len(loader), spec.training)}
+
+
+def _training_data(
+    spec: RunSpec, folder: Path, workers: Workers
+) -> tuple[DetectionDataset, GlobalBatchSampler, DataLoader[Any]]:
+    training, compute = spec.training, spec.compute
+    dataset = DetectionDataset(
+        folder,
+        "train",
+        input_size_px=training.input_size_px,
+        augment=training.augment,
+        seed=spec.seed,
+        cache_bytes=int(compute.cache_gib * 2**30),
+    )
+    sampler = GlobalBatchSampler(
+        len(dataset), global_batch=training.batch_size, rank=workers.rank, world_size=workers.world_size, seed=spec.seed
+    )
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=compute.loader_processes,
+        pin_memory=workers.device.type == "cuda",
+    )
+    return dataset, sampler, loader
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Targets]:
+    """Images in channels-last memory order and the targets of a batch, on `device`."""
+    images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    targets = Targets(
+        boxes_xyxy_px=batch.boxes_xyxy_px.to(device, non_blocking=True),
+        labels=batch.labels.to(device, non_blocking=True),
+        image_index=batch.image_index.to(device, non_blocking=True),
+        ignore_xyxy_px=batch.ignore_xyxy_px.to(device, non_blocking=True),
+        ignore_image_index=batch.ignore_image_index.to(device, non_blocking=True),
+    )
+    return images, targets
+
+
+def _timed(loader: DataLoader[Any], meter: Meter) -> Iterator[Batch]:
+    iterator = iter(loader)
+    while True:
+        started = time.monotonic()
+        batch = next(iterator, None)
+        meter.data_wait_s += time.monotonic() - started
+        if batch is None:
+            return
+        yield batch

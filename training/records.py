@@ -1,0 +1,164 @@
+"""The two records a run leaves behind: the journal, object by object, and `result.json`, last."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from evaluation.result import ScoreResult
+from training.checkpoint import file_sha256, write_json
+from training.spec import RunSpec
+
+RESULT = "result.json"
+
+
+class JournalEntry(BaseModel):
+    """One report of a run: what the workers measured up to `step`.
+
+    `timestamp_ms` is fixed when the report is made, so that replaying it into a tracking server twice
+    changes nothing. `metrics` are finite; names of values that were not are in `non_finite`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    run_key: str
+    attempt: int
+    step: int
+    epoch: int
+    timestamp_ms: int
+    seconds: float
+    code_hash: str
+    metrics: dict[str, float]
+    non_finite: tuple[str, ...] = ()
+
+
+class Attempt(BaseModel):
+    """One submission of a run to Ray: what it was asked to do, by which code.
+
+    `data_source` is the DVC storage that nodes fetch the dataset version from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    run_key: str
+    number: int
+    spec: RunSpec
+    data_source: str
+    code_hash: str
+    submitted_ms: int
+
+    @property
+    def submission_id(self) -> str:
+        """Name of the Ray job. Ray accepts a name once only, even after a failure."""
+        return f"{self.run_key}-{self.number}"
+
+
+def record_attempt(run_folder: Path, spec: RunSpec, *, data_source: str, code_hash: str) -> Attempt:
+    """Write the next attempt's record into the run folder and return it."""
+    number = len(list((run_folder / "attempts").glob("*.json"))) + 1
+    attempt = Attempt(
+        run_key=spec.run_key,
+        number=number,
+        spec=spec,
+        data_source=data_source,
+        code_hash=code_hash,
+        submitted_ms=time.time_ns() // 1_000_000,
+    )
+    path = attempt_path(run_folder, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, attempt.model_dump(mode="json"))
+    return attempt
+
+
+def attempt_path(run_folder: Path, number: int) -> Path:
+    """Where an attempt's record lies."""
+    return run_folder / "attempts" / f"{number:03d}.json"
+
+
+def read_attempt(run_folder: Path, number: int) -> Attempt:
+    """The record of one attempt."""
+    return Attempt.model_validate_json(attempt_path(run_folder, number).read_bytes())
+
+
+def write_entry(run_folder: Path, entry: JournalEntry) -> Path:
+    """Write one journal object, atomically."""
+    path = run_folder / "journal" / f"{entry.attempt:03d}-{entry.step:09d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, entry.model_dump(mode="json"))
+    return path
+
+
+def read_journal(run_folder: Path) -> list[JournalEntry]:
+    """Every epoch once, by step: where an epoch was redone, its first report counts, as it may be logged already."""
+    by_step: dict[int, JournalEntry] = {}
+    for path in sorted((run_folder / "journal").glob("*.json")):
+        entry = JournalEntry.model_validate_json(path.read_bytes())
+        by_step.setdefault(entry.step, entry)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def split_finite(metrics: dict[str, Any]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Finite numbers, and the names of the values that are not finite."""
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+    return finite, tuple(sorted(numbers.keys() - finite.keys()))
+
+
+class RunResult(BaseModel):
+    """A finished run. It exists only when everything it names exists: written last.
+
+    `files` are sha256 sums by path relative to the run folder; `seconds` is the wall-clock breakdown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    run_key: str
+    spec: RunSpec
+    scores: dict[Literal["val", "test"], ScoreResult]
+    files: dict[str, str]
+    attempts: int
+    seconds: dict[str, float]
+    code_hash: str
+    finished_ms: int
+
+
+class CorruptResult(ValueError):
+    """A result whose files are missing or changed."""
+
+
+def write_result(run_folder: Path, result: RunResult) -> None:
+    """Write `result.json`: from here on the run is done."""
+    write_json(run_folder / RESULT, result.model_dump(mode="json"))
+
+
+def read_result(run_folder: Path) -> RunResult | None:
+    """The finished run, or None while there is none.
+
+    Raises:
+        CorruptResult: a file that the result names is missing or has other bytes.
+    """
+    path = run_folder / RESULT
+    if not path.is_file():
+        return None
+    result = RunResult.model_validate_json(path.read_bytes())
+    for name, expected in result.files.items():
+        file = run_folder / name
+        if not file.is_file() or file_sha256(file) != expected:
+            raise CorruptResult(
+                f"{file} is missing or differs from its sha256 in {RESULT}; "
+                f"delete {path} to score the run again from its last checkpoint"
+            )
+    return result
+
+
+def hash_files(run_folder: Path, folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by path relative to the run folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(run_folder).as_posix(): file_sha256(path) for path in files}

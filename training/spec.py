@@ -1,0 +1,138 @@
+"""`RunSpec`: everything that decides the result of one run, and its identity, the run key.
+
+The same object travels from YAML through Prefect and Ray into the workers, MLflow and the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data.augment import AugmentConfig
+from data.card import DatasetCard
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ArchitectureSpec(_Section):
+    """A row of `models.ARCHITECTURES` with every setting resolved."""
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class DatasetSpec(_Section):
+    """One version of one dataset; `version` is the DVC hash of the prepared folder."""
+
+    name: str
+    version: str = Field(pattern=r"^[0-9a-f]{32}$")
+    card: DatasetCard
+
+
+class TrainingSpec(_Section):
+    """The recipe. `batch_size` counts images per optimiser step over all workers."""
+
+    epochs: int = Field(12, ge=1)
+    batch_size: int = Field(16, ge=1)
+    input_size_px: int = Field(320, ge=32, multiple_of=32)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = Field(0.01, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup_epochs: float = Field(1.0, ge=0)
+    final_learning_rate_ratio: float = Field(0.05, gt=0, le=1)
+    closing_epochs: int = Field(2, ge=0)
+    ema_decay: float = Field(0.9998, ge=0, lt=1)
+    ema_ramp_steps: float = Field(2000.0, gt=0)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    validate_every_epochs: int = Field(1, ge=1)
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _closing_fits(self) -> TrainingSpec:
+        if self.closing_epochs > self.epochs:
+            raise ValueError(f"closing_epochs must be at most epochs ({self.epochs}), got {self.closing_epochs}")
+        return self
+
+
+class ScoringSpec(_Section):
+    """How detections are made and counted; part of the score key, not of the run key.
+
+    `max_detections` caps an image's detections over all classes; `max_dets` is the protocol's own cap.
+    """
+
+    score_threshold: float = Field(0.01, ge=0, le=1)
+    nms_iou: float = Field(0.65, gt=0, le=1)
+    max_detections: int = Field(500, ge=1)
+    max_candidates: int = Field(10_000, ge=1)
+    max_dets: int = Field(100, ge=1)
+
+
+class ComputeSpec(_Section):
+    """Where a run happens. Changes speed, never the result, and so stays outside the run key."""
+
+    workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    loader_processes: int = Field(0, ge=0)
+    cache_gib: float = Field(1.0, ge=0)
+    max_failures: int = Field(2, ge=0)
+
+
+class RunSpec(_Section):
+    """One cell of the matrix: an architecture, a dataset version, a recipe and a seed."""
+
+    schema_version: Literal[1] = 1
+    architecture: ArchitectureSpec
+    dataset: DatasetSpec
+    training: TrainingSpec = TrainingSpec()
+    scoring: ScoringSpec = ScoringSpec()
+    compute: ComputeSpec = ComputeSpec()
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _resolved(self) -> RunSpec:
+        if self.training.precision == "auto":
+            raise ValueError("training.precision must be resolved before a run has an identity; use resolve_precision")
+        return self
+
+    @property
+    def run_key(self) -> str:
+        """12 hex digits that depend on all that changes the result, and on nothing else."""
+        identity = self.model_dump(mode="json", exclude={"scoring", "compute"})
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """Name for people: architecture, dataset, seed."""
+        return f"{self.architecture.name} / {self.dataset.name} / seed {self.seed}"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces; raises ValueError on NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def resolve_precision(precision: str, *, gpus_per_worker: float) -> Literal["bf16", "fp32"]:
+    """`auto` becomes bf16 where the hardware multiplies bf16 natively, else fp32.
+
+    Read from the machine that plans: a cluster is expected to be of one kind.
+    """
+    if precision == "auto":
+        native = gpus_per_worker > 0 or _cpu_multiplies_bf16()
+        return "bf16" if native else "fp32"
+    return "bf16" if precision == "bf16" else "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -1,0 +1,83 @@
+"""What training remembers between steps, and how it is put away and taken up again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import models
+from models.interface import Detector
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.optimizer import build_optimizer, weight_average
+from training.spec import RunSpec
+
+
+@dataclass
+class TrainingState:
+    """All that a checkpoint holds. `step` counts optimiser steps, `epoch` finished epochs."""
+
+    model: nn.Module
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    epoch: int = 0
+
+    @property
+    def detector(self) -> Detector:
+        """The model as what it is for: criterion and postprocess."""
+        return cast(Detector, self.model)
+
+
+def build_model(spec: RunSpec) -> nn.Module:
+    """The spec's detector, freshly initialised."""
+    num_classes = len(spec.dataset.card.classes)
+    detector = models.build(spec.architecture.name, num_classes=num_classes, **spec.architecture.settings)
+    return cast(nn.Module, detector)
+
+
+def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
+    """Freshly initialised model, average and optimiser on `device`."""
+    model = build_model(spec).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TrainingState(model, weight_average(model, spec.training), build_optimizer(model, spec.training))
+
+
+def save(spec: RunSpec, state: TrainingState, folder: Path) -> None:
+    """Write a checkpoint of `state` to `folder`."""
+    optimizer = state.optimizer.state_dict()
+    tensors = {
+        "model": state.model.state_dict(),
+        "average": state.average.state_dict(),
+        "optimizer": {
+            f"{index}.{name}": torch.as_tensor(value)
+            for index, slots in optimizer["state"].items()
+            for name, value in slots.items()
+            if value is not None
+        },
+        "random": {"torch": torch.get_rng_state()},
+    }
+    description = {
+        "spec": spec.model_dump(mode="json"), "step": state.step, "epoch": state.epoch,
+        "param_groups": optimizer["param_groups"],
+    }  # fmt: skip
+    save_checkpoint(
+        folder, run_key=spec.run_key, step=state.step, epoch=state.epoch, tensors=tensors, state=description
+    )
+
+
+def restore(state: TrainingState, folder: Path) -> None:
+    """Load a verified checkpoint into `state`."""
+    tensors, description = load_checkpoint(folder, ("model", "average", "optimizer", "random"))
+    state.model.load_state_dict(tensors["model"])
+    state.average.load_state_dict(tensors["average"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors["optimizer"].items():
+        index, name = key.split(".", 1)
+        slots.setdefault(int(index), {})[name] = value
+    state.optimizer.load_state_dict({"state": slots, "param_groups": description["param_groups"]})
+    torch.set_rng_state(tensors["random"]["torch"])
+    state.step, state.epoch = description["step"], description["epoch"]

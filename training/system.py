@@ -1,0 +1,37 @@
+"""What the machine was doing while a model trained: CPU, memory, GPU, as metrics named `system/...`."""
+
+from __future__ import annotations
+
+import psutil
+
+
+class SystemMeter:
+    """Reads this node's load since the last reading."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()
+        self._process = psutil.Process()
+
+    def read(self) -> dict[str, float]:
+        """CPU share and memory of the node and of this process; GPU use where there is one."""
+        memory = psutil.virtual_memory()
+        return {
+            "system/cpu_percent": psutil.cpu_percent(),
+            "system/memory_used_gib": (memory.total - memory.available) / 2**30,
+            "system/process_memory_gib": self._process.memory_info().rss / 2**30,
+        } | _gpus()
+
+
+def _gpus() -> dict[str, float]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    readings: dict[str, float] = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        readings[f"system/gpu{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        readings[f"system/gpu{index}_memory_gib"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
+    return readings

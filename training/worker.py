@@ -1,0 +1,91 @@
+"""What each worker of the Ray Train job does: fetch the data, train, score, put the results away."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from data.store import default_root, materialise
+from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
+from training.loop import Hooks, train
+from training.meter import PROGRESS_MARK, Progress
+from training.records import Attempt
+from training.scoring import score_split, write_artifacts
+from training.system import SystemMeter
+from training.workers import Workers
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point on every worker. `config`: the attempt, and the run folder on shared storage."""
+    attempt = Attempt.model_validate(config["attempt"])
+    run_folder = Path(config["run_folder"])
+    spec = attempt.spec
+    started = time.monotonic()
+    # One compute thread per CPU asked for: more only fight each other on a shared node.
+    torch.set_num_threads(max(1, int(spec.compute.cpus_per_worker)))
+    workers = Workers.current()
+    dataset_folder = materialise(
+        spec.dataset.name, spec.dataset.version, source=attempt.data_source, root=default_root()
+    )
+    checkpoint = workers.broadcast(_newest_valid_checkpoint(run_folder) if workers.rank == 0 else None)
+    _say(
+        workers,
+        f"data ready on {workers.world_size} workers after {time.monotonic() - started:.1f} s, "
+        + (f"resuming from {checkpoint.name}" if checkpoint else "starting at epoch 1"),
+    )
+    hooks = Hooks(report=_reporter(workers), progress=lambda news: print(f"{PROGRESS_MARK} {_line(news)}", flush=True))
+    state, validation = train(spec, dataset_folder, workers, hooks, checkpoint)
+    trained = time.monotonic()
+    _say(workers, "scoring on the test split")
+    test = score_split(spec, state.average.module, dataset_folder, "test", workers)
+    if validation is not None and test is not None:
+        seconds = {"train": trained - started, "score_test": time.monotonic() - trained}
+        weights = state.average.module.state_dict()
+        write_artifacts(spec, weights, {"val": validation, "test": test}, seconds, dataset_folder, run_folder)
+    # A barrier: no worker may leave while rank 0 still writes.
+    ray.train.report({})
+
+
+def _newest_valid_checkpoint(run_folder: Path) -> Path | None:
+    for folder in newest_first(run_folder):
+        try:
+            verify_checkpoint(folder)
+        except CorruptCheckpoint as error:
+            print(f"{PROGRESS_MARK} skipping a checkpoint: {error}", flush=True)
+        else:
+            return folder
+    return None
+
+
+def _reporter(workers: Workers) -> Callable[[dict[str, float], int, int, Callable[[Path], object]], None]:
+    system = SystemMeter()
+
+    def report(metrics: dict[str, float], step: int, epoch: int, save: Callable[[Path], object]) -> None:
+        stamped = metrics | system.read() | {"step": step, "epoch": epoch, "timestamp_ms": time.time_ns() // 1_000_000}
+        with tempfile.TemporaryDirectory(prefix="speck-checkpoint-") as folder:
+            if workers.rank == 0:
+                save(Path(folder))
+                ray.train.report(stamped, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            else:
+                ray.train.report({})
+
+    return report
+
+
+def _line(news: Progress) -> str:
+    minutes, seconds = divmod(int(news.eta_s), 60)
+    return (
+        f"epoch {news.epoch}/{news.epochs} step {news.step}/{news.steps} loss {news.loss:.3f} "
+        f"{news.images_per_s:.1f} img/s ETA {minutes}:{seconds:02d}"
+    )
+
+
+def _say(workers: Workers, message: str) -> None:
+    if workers.rank == 0:
+        print(f"{PROGRESS_MARK} {message}", flush=True)
