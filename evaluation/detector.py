@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
 
-from data.loader import Batch, DetectionDataset, collate
+from data.loader import Batch
 from evaluation.checks import CocoDetection
-from evaluation.coco import score
-from evaluation.result import ScoreOptions, ScoreResult, coco_result
-from models import build
 from models.interface import Detections, Detector, PostprocessConfig
 
 
@@ -65,55 +58,6 @@ def detect(
                 counts["num_degenerate_boxes"] += num_degenerate
                 counts["num_non_finite_boxes"] += num_non_finite
     return Detected(found, counts)
-
-
-def evaluate_weights(
-    weights: Path,
-    *,
-    architecture: str,
-    settings: Mapping[str, Any],
-    run_key: str,
-    dataset_folder: Path,
-    dataset_name: str,
-    dataset_version: str,
-    split: Literal["train", "val", "test"],
-    options: ScoreOptions,
-    device: torch.device,
-    batch_size: int = 8,
-) -> tuple[ScoreResult, list[CocoDetection]]:
-    """Score of the stored weights on a split of a prepared dataset, in this process, and the detections it rests on.
-
-    Raises:
-        FileNotFoundError: the weights or the split's annotations are missing.
-        RuntimeError: the weights are not those of this architecture, settings and number of classes.
-    """
-    ground_truth = json.loads((dataset_folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
-    detector = build(architecture, num_classes=len(ground_truth["categories"]), **settings)
-    module = cast(nn.Module, detector)
-    module.load_state_dict(load_file(weights))
-    module.to(device)
-    dataset = DetectionDataset(
-        dataset_folder, split, input_size_px=options.input_size_px, augment=None, seed=0, cache_bytes=0
-    )
-    postprocess = PostprocessConfig(
-        score_threshold=options.score_threshold,
-        nms_iou=options.nms_iou,
-        max_detections=options.max_detections,
-        max_candidates=options.max_candidates,
-    )
-    loader: DataLoader[Any] = DataLoader(cast(Any, dataset), batch_size=batch_size, collate_fn=collate)
-    detected = detect(detector, loader, postprocess, device=device, bf16=options.precision == "bf16")
-    scored = score(ground_truth, detected.detections, max_dets=options.max_dets, ignore_rule=options.ignore_rule)
-    result = coco_result(
-        scored,
-        run_key=run_key,
-        dataset_name=dataset_name,
-        dataset_version=dataset_version,
-        split=split,
-        options=options,
-        detection_counts=detected.counts,
-    )
-    return result, detected.detections
 
 
 def _entries(

@@ -58,7 +58,7 @@ def pr_plot(precision_at_50: Mapping[str, NDArray[np.float64]], path: Path) -> N
         axes.plot(
             RECALL_POINTS, precision_at_50[name], color=class_colour(index), linewidth=1.6,
             linestyle=_LINE_STYLES[index // len(PALETTE) % len(_LINE_STYLES)],
-            label=f"{precision_at_50[name].mean():.3f}  {name}" if rank < _MAX_NAMED_CLASSES else None,
+            label=f"{precision_at_50[name].mean():.3f}  {_plain(name)}" if rank < _MAX_NAMED_CLASSES else None,
         )  # fmt: skip
     if by_ap:
         mean = np.mean([precision_at_50[name] for name in by_ap], axis=0)
@@ -154,10 +154,8 @@ def predictions_page(
         view = _view(pixels.shape[1], pixels.shape[0], marks.truth + marks.predicted)
         left_px = _GAP_PX + place % num_columns * (2 * _PANEL_PX + 3 * _GAP_PX)
         top_px = header_px + place // num_columns * row_px
-        caption = (
-            f"{image['file_name']}    F1 {found.f1 or 0.0:.2f}    {len(found.hits)} found, {len(found.misses)} missed, "
-            f"{len(found.false_positives)} false    {view.text}"
-        )
+        outcome = f"{len(found.hits)} found, {len(found.misses)} missed, {len(found.false_positives)} false"
+        caption = f"{_plain(image['file_name'])}    F1 {found.f1 or 0.0:.2f}    {outcome}    {view.text}"
         figure.text(left_px / width_px, 1 - (top_px + 0.6 * _CAPTION_PX) / height_px, caption, fontsize=12, va="center")
         for side, boxes in enumerate((marks.truth, marks.predicted)):
             x_px, y_px = left_px + side * (_PANEL_PX + _GAP_PX), top_px + _CAPTION_PX
@@ -300,12 +298,17 @@ def _header(figure: Figure, class_names: Sequence[str], num_columns: int, score_
         Line2D([], [], **{**error, "color": "0.75"}, label="not scored"),
         Patch(facecolor="0.7", edgecolor="white", hatch="//", label="ignore region"),
     ]
-    classes = [Patch(color=class_colour(index), label=name) for index, name in enumerate(class_names)]
+    classes = [Patch(color=class_colour(index), label=_plain(name)) for index, name in enumerate(class_names)]
     for handles, top_px in ((outcomes, 38), (classes, 38 + _LEGEND_ENTRY_PX[1])):
         figure.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(0, 1 - top_px / height_px), ncols=num_columns,
             frameon=False, fontsize=13, handlelength=2.6, columnspacing=1.6, borderaxespad=0.4,
         )  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    # matplotlib would set what stands between two dollar signs as a formula.
+    return text.replace("$", r"\$")
 
 
 def _calm(axes: Any) -> None:

@@ -96,14 +96,14 @@ class DecoupledHead(nn.Module):
     def predict(self, towers: Sequence[TowerFeatures]) -> AnchorPredictions:
         """Return the predictions of all levels from their tower outputs.
 
-        The predictors keep the precision of their weights even under autocast: bfloat16 knows a logit near -4.6 only to 1/32, and a
-        box side only to 1/256, which would blur scores and tiny boxes.
+        The predictors keep the precision of their weights even under autocast: bfloat16 knows a logit near -4.6
+        only to 1/32, which would blur scores, and tiny boxes with them.
         """
         boxes, objectness, classes = [], [], []
-        weight = self.box_predictors[0].weight
-        with without_autocast(weight.device):
+        dtype = next(self.box_predictors.parameters()).dtype
+        with without_autocast(towers[0].regression.device):
             for level, tower in enumerate(towers):
-                regression, classification = tower.regression.to(weight.dtype), tower.classification.to(weight.dtype)
+                regression, classification = tower.regression.to(dtype), tower.classification.to(dtype)
                 boxes.append(self.box_predictors[level](regression))
                 objectness.append(self.objectness_predictors[level](regression))
                 classes.append(self.class_predictors[level](classification))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -69,7 +68,7 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
         (detection for part in gathered for detection in part.detections),
         key=lambda detection: (detection["image_id"], -detection["score"]),
     )
-    counts = sum((Counter(part.counts) for part in gathered), Counter[str]())
+    counts = {name: sum(part.counts[name] for part in gathered) for name in gathered[0].counts}
     if counts["num_detected_images"] != len(ground_truth["images"]):
         raise RuntimeError(
             f"{split}: detected on {counts['num_detected_images']} images of {len(ground_truth['images'])}; "
@@ -89,7 +88,7 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
             ignore_rule=rule,
             **scoring.model_dump(),
         ),
-        detection_counts=dict(counts),
+        detection_counts=counts,
     )
     return Scored(result, curves, ground_truth, detections)
 

@@ -27,7 +27,7 @@ Split = Literal["train", "val", "test"]
 MIN_LONG_SIDE_PX, MAX_LONG_SIDE_PX = 4.0, 24.0
 MIN_VISIBLE_SHARE = 0.5
 # At the lowest flight height. People and bicycles are larger than life beside the vehicles, or they would be specks.
-LONG_SIDES_PX = {VEHICLE: (18.0, 23.5), PERSON: (10.0, 14.0), BOAT: (16.0, 23.5), BICYCLE: (13.0, 18.0)}
+LONG_SIDES_PX = {VEHICLE: (20.0, 23.5), PERSON: (13.0, 17.0), BOAT: (19.0, 23.5), BICYCLE: (16.0, 21.0)}
 # Of the flat drawings, in their own unit.
 HEIGHTS = {VEHICLE: 1.3, BOAT: 0.7}
 WHITE = (255, 255, 255)
@@ -85,7 +85,7 @@ def render_with_instances(recipe: Recipe, split: str, index: int) -> tuple[Scene
     if not 0 <= index < num_images:
         raise IndexError(f"image {index} is outside split '{split}'; the recipe gives it {num_images}, counted from 0")
     rng = np.random.default_rng(np.random.SeedSequence([recipe.seed, splits.index(split), index]))
-    scale = float(rng.uniform(0.8, 1.0) if rng.random() < 0.75 else rng.uniform(0.45, 0.8))
+    scale = float(rng.uniform(0.85, 1.0) if rng.random() < 0.8 else rng.uniform(0.4, 0.85))
     ground = lay_out(rng, recipe.image_size_px, scale)
     sun_rad, shadow_length = float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.3, 0.9))
     shadow_xy = np.array([math.cos(sun_rad), math.sin(sun_rad)]) * shadow_length

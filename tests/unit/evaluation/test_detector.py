@@ -12,15 +12,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from data.loader import Batch, DetectionDataset, collate
 from evaluation.coco import score
-from evaluation.detector import detect, evaluate_weights
-from evaluation.result import ScoreOptions
-from models import build
+from evaluation.detector import detect
 from models.interface import Detections, PostprocessConfig
 
 CPU = torch.device("cpu")
@@ -190,33 +187,3 @@ def test_perfect_detections_in_the_network_frame_score_one(dataset: Path, input_
     truth = json.loads((dataset / "annotations" / "test.json").read_text())
     assert counts["num_detected_images"] == 5
     assert score(truth, found, ignore_rule="none").metrics["coco/AP"] == pytest.approx(1.0)
-
-
-def test_stored_weights_score_as_the_model_in_memory(dataset: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    detector: Any = build("yolox-nano", num_classes=2, width=0.125)
-    save_file(detector.state_dict(), tmp_path / "weights.safetensors")
-    options = ScoreOptions(
-        score_threshold=1e-6, nms_iou=0.65, max_detections=50, max_candidates=500, input_size_px=64, precision="fp32",
-        max_dets=100, ignore_rule="none",
-    )  # fmt: skip
-    arguments: dict[str, Any] = {
-        "architecture": "yolox-nano", "settings": {"width": 0.125}, "run_key": "0" * 12, "dataset_folder": dataset,
-        "dataset_name": "toy", "dataset_version": "v", "split": "test", "options": options, "device": CPU,
-    }  # fmt: skip
-    result, found = evaluate_weights(tmp_path / "weights.safetensors", batch_size=2, **arguments)
-
-    samples = DetectionDataset(dataset, "test", input_size_px=64, augment=None, seed=0)
-    loader: Any = DataLoader(samples, batch_size=2, collate_fn=collate)
-    config = PostprocessConfig(score_threshold=1e-6, nms_iou=0.65, max_detections=50, max_candidates=500)
-    expected = detect(detector, loader, config, device=CPU, bf16=False)
-    truth = json.loads((dataset / "annotations" / "test.json").read_text())
-    assert found == expected.detections
-    assert len(found) > 0
-    assert result.metrics == score(truth, found, max_dets=100, ignore_rule="none").metrics
-    assert result.counts["num_detections"] == len(found)
-    assert result.counts["num_detected_images"] == result.counts["num_images"] == 5
-
-    save_file(build("yolox-nano", num_classes=3, width=0.125).state_dict(), tmp_path / "other.safetensors")  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        evaluate_weights(tmp_path / "other.safetensors", **arguments)
