@@ -29,6 +29,9 @@ class AugmentConfig:
 
     The gains are the largest shifts of OpenCV's 8-bit H, S and V, each applied to every other picture. `scale_min`,
     `scale_max` and `translate` (share of the input side) act on mosaics only.
+
+    Raises:
+        ValueError: a probability or `translate` is outside 0..1, a gain is negative, or the scales are out of order.
     """
 
     mosaic_probability: float = 1.0
@@ -39,6 +42,16 @@ class AugmentConfig:
     scale_min: float = 0.5
     scale_max: float = 1.5
     translate: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("mosaic_probability", "flip_probability", "translate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("hue_gain", "saturation_gain", "value_gain"):
+            if not 0 <= getattr(self, name) <= 255:
+                raise ValueError(f"{name} must be in 0..255, got {getattr(self, name)}")
+        if not 0 < self.scale_min <= self.scale_max:
+            raise ValueError(f"scales must be 0 < scale_min <= scale_max, got {self.scale_min} and {self.scale_max}")
 
 
 @dataclass(frozen=True)

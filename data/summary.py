@@ -32,10 +32,11 @@ class DatasetSummary:
 
 def summaries(repo: Path) -> list[DatasetSummary]:
     """Summarise every card's dataset by name, from dvc.lock and the prepared annotation files."""
-    return [_summary(name, repo) for name in card_names(repo / "data" / "catalog")]
+    return [summarise(name, repo) for name in card_names(repo / "data" / "catalog")]
 
 
-def _summary(name: str, repo: Path) -> DatasetSummary:
+def summarise(name: str, repo: Path) -> DatasetSummary:
+    """Summarise one dataset."""
     version = current_version(name, repo)
     prepared = repo / "data" / "processed" / name
     if version is None:

@@ -81,9 +81,7 @@ def run_cell(
     return CellOutcome(result, recorder.run_id, reused=wall_s is None, seconds=seconds)
 
 
-def _train(
-    cell: PlannedCell, jobs: Jobs, settings: Settings, recorder: Recorder, say: Callable[[str], None]
-) -> float:
+def _train(cell: PlannedCell, jobs: Jobs, settings: Settings, recorder: Recorder, say: Callable[[str], None]) -> float:
     """Follow the cell's Ray job to its end, a living one or a new one, and return how long that took."""
     spec, run_folder = cell.spec, settings.storage / cell.spec.run_key
     started = time.monotonic()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.card import did_you_mean, load_card
 from training.spec import (
@@ -44,6 +44,13 @@ class Experiment(BaseModel):
     scoring: ScoringSpec = ScoringSpec()
     compute: ComputeSpec = ComputeSpec()
 
+    @model_validator(mode="after")
+    def _every_worker_has_work(self) -> Experiment:
+        batch, workers = self.training.batch_size, self.compute.workers
+        if batch < workers:
+            raise ValueError(f"training.batch_size must be at least compute.workers ({workers}), got {batch}")
+        return self
+
     def cells(self, versions: dict[str, str]) -> list[RunSpec]:
         """One spec for each architecture x dataset x seed, given the version of each dataset."""
         import models
@@ -53,10 +60,7 @@ class Experiment(BaseModel):
                 "precision": resolve_precision(self.training.precision, gpus_per_worker=self.compute.gpus_per_worker)
             }
         )
-        resolved = {
-            name: dataclasses.asdict(models.configure(name, **self.settings.get(name, {})))
-            for name in self.architectures
-        }
+        resolved = {name: asdict(models.configure(name, **self.settings.get(name, {}))) for name in self.architectures}
         return [
             RunSpec(
                 architecture=ArchitectureSpec(name=architecture, settings=resolved[architecture]),
@@ -162,19 +166,19 @@ def _apply(content: dict[str, Any], change: str) -> None:
 def readable_errors(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
     """One line for each problem: key, value, rule, and the nearest known key where one is unknown."""
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in problem["loc"]) or "experiment"
+        if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             known = _fields_at(model, problem["loc"][:-1])
             hint = did_you_mean(str(problem["loc"][-1]), known)
             yield f"  {key}: unknown key.{hint} Known: {', '.join(known)}"
         else:
-            yield f"  {key}: {problem['msg']}, got {problem['input']!r}"
+            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            yield f"  {key}: {problem['msg'].removeprefix('Value error, ')}{got}"
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+def _fields_at(model: type[Any], location: Sequence[int | str]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        model = get_type_hints(model).get(str(part), object)
+        if not (isinstance(model, type) and (issubclass(model, BaseModel) or is_dataclass(model))):
             return []
-        model = annotation
-    return sorted(model.model_fields)
+    return sorted(model.model_fields if issubclass(model, BaseModel) else (field.name for field in fields(model)))

@@ -14,7 +14,7 @@ from flows.evaluate import score_run
 from flows.settings import REPO, Settings
 from tracking.packaging import package
 from tracking.promotion import Candidate, Verdict, decide
-from tracking.registry import Version, champion, promote, record_verdict, register
+from tracking.registry import Version, champion, history, promote, record_verdict, register
 from training.records import RunResult, read_result
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def promote_best(client: MlflowClient, outcomes: Sequence[CellOutcome], settings
         raise ValueError(f"run {result.run_key} has no MLflow run yet; run again when the tracking store is reachable")
     name = result.spec.dataset.name
     holder = champion(client, name)
-    version = _register(client, result, run_id, settings)
+    registered = (known.version for known in history(client, name) if known.run_key == result.run_key)
+    version = next(registered, None) or _register(client, result, run_id, settings)
     test = result.scores["test"]
     verdict = decide(_candidate(test), _rescored(holder, test, settings) if holder is not None else None)
     if holder is None or holder.run_key != result.run_key:

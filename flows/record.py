@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.summary import summarise
 from flows.settings import REPO
 from tracking.client import TrackingUnavailable, connect
 from tracking.runs import DatasetRef, JournalEntry, ensure_run, finish, replay
@@ -44,7 +45,12 @@ class Recorder:
                 params=flat_params(spec),
                 tags={**provenance(), "speck.code_hash": code_hash, "architecture": spec.architecture.name,
                       "dataset": spec.dataset.name, "dataset_version": spec.dataset.version},
-                dataset=DatasetRef(spec.dataset.name, spec.dataset.version, spec.dataset.card.source, {}),
+                dataset=DatasetRef(
+                    spec.dataset.name,
+                    spec.dataset.version,
+                    spec.dataset.card.source,
+                    summarise(spec.dataset.name, REPO).num_images,
+                ),
                 start_time_ms=_now_ms(),
                 parent_run_id=self._parent_run_id,
             )  # fmt: skip
@@ -138,6 +144,7 @@ def provenance() -> dict[str, str]:
         "mlflow.source.git.commit": commit or "unknown",
         "speck.dirty": str(bool(_git("status", "--porcelain"))) if commit else "unknown",
         "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "speck train-all",
         "speck.host": platform.node(),
     }
 

@@ -5,6 +5,7 @@ Every rank executes the same lines; what differs is the share of each global bat
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ def train(
     Returns the final state, and on rank 0 the score of its weight average on the validation split.
 
     Raises:
+        ValueError: the training split is smaller than one global batch.
         Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row.
     """
     torch.manual_seed(spec.seed)
@@ -70,6 +72,7 @@ def train(
         sampler.set_epoch(state.epoch)
         metrics = train_one_epoch(spec, state, parallel, loader, workers, hooks, closing=closing)
         metrics["time/train_s"] = time.monotonic() - started
+        metrics["train/images_left_out"] = float(sampler.num_dropped)
         metrics["train/images_per_s"] = len(loader) * spec.training.batch_size / metrics["time/train_s"]
         state.epoch += 1
         if state.epoch % spec.training.validate_every_epochs == 0 or state.epoch == spec.training.epochs:
@@ -99,7 +102,6 @@ def train_one_epoch(
     """One pass over the training split; the mean of every loss term, each divided over the global batch."""
     state.model.train()
     meter = Meter(spec, steps_per_epoch=len(loader), first_step=state.step)
-    skipped = 0
     for batch in _timed(loader, meter):
         learning_rate = learning_rate_at(state.step, len(loader), spec.training)
         set_learning_rate(state.optimizer, learning_rate)
@@ -107,33 +109,32 @@ def train_one_epoch(
         with torch.autocast(workers.device.type, torch.bfloat16, enabled=spec.training.precision == "bf16"):
             predictions = parallel(images)
         losses = state.detector.criterion(predictions, targets, closing=closing)
-        terms = list(losses.sums)
-        sums = torch.stack([losses.sums[term] for term in terms])
-        counts = torch.stack([losses.counts[term] for term in terms])
-        # One small all-reduce carries the counts, and the sums along with them for the log: a loss that
-        # is not finite on one rank is then not finite on all, and all of them skip together.
-        total_counts, total_sums = workers.sum(torch.stack([counts, sums.detach()]))
-        means = total_sums / total_counts.clamp(min=1)
+        sums, counts = torch.stack(list(losses.sums.values())), torch.stack(list(losses.counts.values()))
+        # One small all-reduce carries the counts, and what goes into the log: a loss that is not finite on
+        # one rank is then not finite on all, and all of them skip together.
+        extra = torch.stack([*losses.metrics.values(), sums.new_zeros(())])
+        reduced = workers.sum(torch.cat([counts, sums.detach(), extra / workers.world_size]))
+        total_counts, total_sums, mean_extra = reduced.split([len(counts), len(sums), len(extra)])
+        total_counts = total_counts.clamp(min=1)
+        means = dict(zip(losses.sums, (total_sums / total_counts).tolist(), strict=True))
         state.step += 1
-        if not torch.isfinite(means).all():
-            skipped += 1
+        if not all(math.isfinite(mean) for mean in means.values()):
+            state.skipped_in_a_row += 1
             meter.non_finite_steps += 1
-            if skipped >= MAX_NON_FINITE_STEPS:
+            if state.skipped_in_a_row >= MAX_NON_FINITE_STEPS:
                 raise Diverged(
-                    f"the loss was not finite for {skipped} steps in a row, up to step {state.step} "
+                    f"the loss was not finite for {state.skipped_in_a_row} steps in a row, up to step {state.step} "
                     f"(learning rate {learning_rate:.3g}); lower training.learning_rate or set training.precision=fp32"
                 )
             continue
-        skipped = 0
+        state.skipped_in_a_row = 0
         # DistributedDataParallel averages gradients over ranks; the sum of all ranks is wanted.
-        loss = (sums / total_counts.clamp(min=1)).sum() * workers.world_size
+        loss = (sums / total_counts).sum() * workers.world_size
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
         state.average.update_parameters(state.model)
-        meter.update(
-            dict(zip(terms, means.tolist(), strict=True)), {name: float(v) for name, v in losses.metrics.items()}
-        )
+        meter.update(means, dict(zip(losses.metrics, mean_extra.tolist(), strict=False)))
         if workers.rank == 0 and (news := meter.news(state)) is not None:
             hooks.progress(news)
     return meter.means() | {"train/learning_rate": learning_rate_at(max(state.step - 1, 0), len(loader), spec.training)}

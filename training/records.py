@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,10 +88,11 @@ def read_attempt(run_folder: Path, number: int) -> Attempt:
 
 
 def write_entry(run_folder: Path, entry: JournalEntry) -> Path:
-    """Write one journal object, atomically."""
+    """Write one journal object, atomically; one that is there stays, as it may be logged already."""
     path = run_folder / "journal" / f"{entry.attempt:03d}-{entry.step:09d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, entry.model_dump(mode="json"))
+    if not path.exists():
+        write_json(path, entry.model_dump(mode="json"))
     return path
 
 
@@ -98,7 +100,11 @@ def read_journal(run_folder: Path) -> list[JournalEntry]:
     """Every epoch once, by step: where an epoch was redone, its first report counts, as it may be logged already."""
     by_step: dict[int, JournalEntry] = {}
     for path in sorted((run_folder / "journal").glob("*.json")):
-        entry = JournalEntry.model_validate_json(path.read_bytes())
+        try:
+            entry = JournalEntry.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            warnings.warn(f"{path.name} in the journal is unreadable and left out: {error}", stacklevel=2)
+            continue
         by_step.setdefault(entry.step, entry)
     return [by_step[step] for step in sorted(by_step)]
 
@@ -147,7 +153,10 @@ def read_result(run_folder: Path) -> RunResult | None:
     path = run_folder / RESULT
     if not path.is_file():
         return None
-    result = RunResult.model_validate_json(path.read_bytes())
+    try:
+        result = RunResult.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise CorruptResult(f"{path} is unreadable; delete it to score the run again: {error}") from error
     for name, expected in result.files.items():
         file = run_folder / name
         if not file.is_file() or file_sha256(file) != expected:

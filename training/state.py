@@ -19,13 +19,17 @@ from training.spec import RunSpec
 
 @dataclass
 class TrainingState:
-    """All that a checkpoint holds. `step` counts optimiser steps, `epoch` finished epochs."""
+    """All that a checkpoint holds. `step` counts optimiser steps, `epoch` finished epochs.
+
+    `skipped_in_a_row` counts the latest steps without a finite loss; it starts anew with the process.
+    """
 
     model: nn.Module
     average: AveragedModel
     optimizer: torch.optim.Optimizer
     step: int = 0
     epoch: int = 0
+    skipped_in_a_row: int = 0
 
     @property
     def detector(self) -> Detector:

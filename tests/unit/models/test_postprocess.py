@@ -85,6 +85,13 @@ def test_the_candidate_cap_keeps_the_best_and_counts_the_rest() -> None:
     assert detections.scores.min() >= scores.sort(descending=True).values[9]
 
 
+def test_candidates_of_equal_score_keep_their_order() -> None:
+    boxes, _, labels = scene(300, 2, seed=4, extent_px=50_000)
+    scores = torch.tensor([0.25, 0.75]).repeat(150)
+    detections = select_detections(boxes, scores, labels, PostprocessConfig())
+    assert torch.equal(detections.boxes_xyxy_px, torch.cat((boxes[1::2], boxes[::2])))
+
+
 def test_nothing_above_the_threshold_gives_empty_tensors_of_the_right_type() -> None:
     detections = select_detections(*scene(20, 2, seed=0), PostprocessConfig(score_threshold=2.0))
     assert detections.boxes_xyxy_px.shape == (0, 4)

@@ -146,6 +146,18 @@ def test_levels_are_flattened_row_by_row() -> None:
     assert start == predictions.class_logits.shape[1]
 
 
+def test_box_and_objectness_read_the_regression_tower_and_class_the_other() -> None:
+    head = models.build("yolox-nano", num_classes=2).head.eval()
+    features = [torch.randn(1, channels, 2, 2) for channels in (64, 128, 256)]
+    before = head(features)
+    for tower in head.class_towers:
+        nn.init.zeros_(tower[-1][-1].conv.weight)
+    after = head(features)
+    assert torch.equal(after.boxes_raw, before.boxes_raw)
+    assert torch.equal(after.objectness_logits, before.objectness_logits)
+    assert (after.class_logits != before.class_logits).all()
+
+
 def test_a_score_is_objectness_times_the_likeliest_class() -> None:
     detector = models.build("yolox-nano", num_classes=3)
     grid_xy, strides = torch.tensor([[0.0, 0.0], [3.0, 3.0]]), torch.tensor([8.0, 8.0])

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import training.loop as loop
+from data.augment import AugmentConfig
+from data.batch import collate
+from data.loader import DetectionDataset
+from models.interface import Losses
+from training.checkpoint import verify_checkpoint
+from training.loop import MAX_NON_FINITE_STEPS, Diverged, Hooks, train, train_one_epoch
+from training.meter import Progress
+from training.spec import RunSpec
+from training.state import TrainingState, build_state
+from training.workers import Workers
+
+MakeSpec = Callable[..., RunSpec]
+ALONE = Workers(0, 1, torch.device("cpu"))
+PLAIN = AugmentConfig(mosaic_probability=0, hue_gain=0, saturation_gain=0, value_gain=0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Pictures this small are quicker on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Reports:
+    """Hooks that keep every report and progress, and write the checkpoints of `epochs` to `folder`."""
+
+    def __init__(self, folder: Path | None = None, epochs: tuple[int, ...] = ()) -> None:
+        self.folder, self.epochs = folder, epochs
+        self.metrics: list[dict[str, float]] = []
+        self.steps: list[tuple[int, int]] = []
+        self.progress: list[Progress] = []
+
+    def hooks(self) -> Hooks:
+        return Hooks(self.report, self.progress.append)
+
+    def report(self, metrics: dict[str, float], step: int, epoch: int, save: Callable[[Path], object]) -> None:
+        self.metrics.append(metrics)
+        self.steps.append((step, epoch))
+        if self.folder is not None and epoch in self.epochs:
+            save(self.folder / f"checkpoint_{epoch}")
+
+
+def everything(state: TrainingState) -> dict[str, Tensor]:
+    """Every tensor that training remembers, cloned."""
+    content = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    content |= {f"average.{name}": value for name, value in state.average.state_dict().items()}
+    for index, slots in state.optimizer.state_dict()["state"].items():
+        content |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+    return {name: value.clone() for name, value in content.items()}
+
+
+def differing(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
+    assert one.keys() == two.keys()
+    return [name for name in one if not torch.equal(one[name], two[name])]
+
+
+def test_the_loss_falls_and_every_epoch_is_reported(tiny: Any, tiny_spec: MakeSpec) -> None:
+    spec = tiny_spec(epochs=6, closing_epochs=0, learning_rate=0.03, augment=PLAIN, validate_every_epochs=4)
+    reports = Reports()
+    state, validation = train(spec, tiny.folder, ALONE, reports.hooks())
+    losses = [metrics["train/loss"] for metrics in reports.metrics]
+    assert losses[-1] < 0.8 * losses[0]
+    assert reports.steps == [(6 * epoch, epoch) for epoch in range(1, 7)]
+    assert (state.step, state.epoch) == (36, 6)
+    assert [any(name.startswith("val/") for name in metrics) for metrics in reports.metrics] == [
+        epoch in {4, 6} for epoch in range(1, 7)
+    ]
+    for metrics in reports.metrics:
+        terms = [value for name, value in metrics.items() if name.startswith("train/loss_")]
+        assert metrics["train/loss"] == pytest.approx(sum(terms))
+        assert metrics["train/non_finite_steps"] == 0
+    assert [(news.epoch, news.step, news.steps) for news in reports.progress][-1] == (6, 36, 36)
+    assert validation is not None
+    assert validation.result.metrics["coco/AP"] == reports.metrics[-1]["val/coco/AP"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "learning_rate": 0.002, "precision": "bf16"}])
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    tiny: Any, tiny_spec: MakeSpec, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Bit for bit: weights, average, momentum, and what was reported."""
+    spec = tiny_spec(epochs=3, batch_size=8, **changes)
+    whole, rest = Reports(tmp_path, (1,)), Reports()
+    uninterrupted, one = train(spec, tiny.folder, ALONE, whole.hooks())
+    assert verify_checkpoint(tmp_path / "checkpoint_1").epoch == 1
+    torch.manual_seed(999)
+    resumed, two = train(spec, tiny.folder, ALONE, rest.hooks(), tmp_path / "checkpoint_1")
+    assert differing(everything(uninterrupted), everything(resumed)) == []
+    assert rest.steps == whole.steps[1:] == [(6, 2), (9, 3)]
+    for before, after in zip(whole.metrics[1:], rest.metrics, strict=True):
+        assert {k: v for k, v in before.items() if k[:5] in {"train", "val/c"} and "images_per_s" not in k} == {
+            k: v for k, v in after.items() if k[:5] in {"train", "val/c"} and "images_per_s" not in k
+        }
+    assert one is not None
+    assert two is not None
+    assert one.detections == two.detections
+
+
+def test_a_finished_run_is_only_scored_again(tiny: Any, tiny_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = tiny_spec(epochs=1, batch_size=8)
+    reports, nothing = Reports(tmp_path, (1,)), Reports()
+    state, one = train(spec, tiny.folder, ALONE, reports.hooks())
+    again, two = train(spec, tiny.folder, ALONE, nothing.hooks(), tmp_path / "checkpoint_1")
+    assert nothing.steps == []
+    assert differing(everything(state), everything(again)) == []
+    assert one is not None
+    assert two is not None
+    assert one.result == two.result
+
+
+def test_another_seed_gives_other_weights(tiny: Any, tiny_spec: MakeSpec) -> None:
+    states = [
+        train(tiny_spec(epochs=1, batch_size=8, seed=seed), tiny.folder, ALONE, Reports().hooks())[0] for seed in (0, 1)
+    ]
+    assert "model.head.stems.0.conv.weight" not in everything(states[0]) or differing(*map(everything, states))
+    assert len(differing(*map(everything, states))) > 10
+
+
+@pytest.fixture
+def small(tiny: Any, tiny_spec: MakeSpec) -> tuple[RunSpec, TrainingState, DataLoader[Any]]:
+    """An untrained state and two batches of four."""
+    spec = tiny_spec(batch_size=4, warmup_epochs=0, closing_epochs=0, epochs=50)
+    dataset = DetectionDataset(tiny.folder, "val", input_size_px=64, augment=None, seed=0)
+    torch.manual_seed(0)
+    return spec, build_state(spec, ALONE.device), DataLoader(dataset, batch_size=4, collate_fn=collate)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
+    small: tuple[RunSpec, TrainingState, DataLoader[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, state, loader = small
+    criterion, seen = state.detector.criterion, []
+
+    def second_is_nan(*arguments: Any, **options: Any) -> Losses:
+        seen.append(everything(state))
+        losses = criterion(*arguments, **options)
+        sums = {name: value * (float("nan") if len(seen) == 2 else 1) for name, value in losses.sums.items()}
+        return Losses(sums, losses.counts, losses.metrics)
+
+    monkeypatch.setattr(state.model, "criterion", second_is_nan, raising=False)
+    metrics = train_one_epoch(spec, state, state.model, loader, ALONE, Reports().hooks(), closing=False)
+    trained = [name for name, _ in state.model.named_parameters()]
+    after = everything(state)
+    assert len(seen) == state.step == 2
+    assert metrics["train/non_finite_steps"] == 1
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    changed = differing(seen[1], after)
+    assert not [name for name in changed if name.removeprefix("model.") in trained or name.startswith("average")]
+    assert differing(seen[0], {name: seen[1][name] for name in seen[0]} if len(seen[0]) == len(seen[1]) else seen[0]) or (
+        len(seen[1]) > len(seen[0])
+    )
+
+
+def test_a_run_that_diverges_says_so_and_keeps_finite_weights(
+    small: tuple[RunSpec, TrainingState, DataLoader[Any]],
+) -> None:
+    """A learning rate of 1e10 makes every loss after the first infinite; the count runs on across epochs."""
+    spec, state, loader = small
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"learning_rate": 1e10})})
+    num_epochs = 0
+    with pytest.raises(Diverged, match=r"lower training\.learning_rate"):
+        for _ in range(MAX_NON_FINITE_STEPS):
+            train_one_epoch(spec, state, state.model, loader, ALONE, Reports().hooks(), closing=False)
+            num_epochs += 1
+    assert state.step == MAX_NON_FINITE_STEPS + 1
+    assert num_epochs == MAX_NON_FINITE_STEPS // 2
+    for name, parameter in state.model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    for name, value in state.average.state_dict().items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_importing_the_loop_needs_no_ray() -> None:
+    assert "ray" not in vars(loop)
