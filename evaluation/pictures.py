@@ -122,7 +122,7 @@ def predictions_page(
     num_images: int = 12,
     score_threshold: float = 0.3,
 ) -> None:
-    """Write one PNG: ground truth beside predictions for images spread evenly from the best to the worst F1.
+    """Write one JPEG: ground truth beside predictions for images spread evenly from the best to the worst F1.
 
     Outcomes are those of `evaluation.matching.match`. Pixels are enlarged up to three times, so that small objects are
     legible; of an image too large for that, the window with the most outcomes, errors counting double, is shown.
@@ -166,7 +166,8 @@ def predictions_page(
             axes = figure.add_axes((x_px / width_px, 1 - (y_px + h_px) / height_px, w_px / width_px, h_px / height_px))
             _draw(axes, view, boxes, image.get("ignore_regions_xywh") or [])
     # Noise hardly compresses: a higher level costs seconds and saves a tenth.
-    figure.savefig(path, pil_kwargs={"compress_level": 3})
+    # Noisy pictures at twice their size: as PNG the page would be ten times as large.
+    figure.savefig(path, pil_kwargs={"quality": 90})
 
 
 class _Mark(NamedTuple):

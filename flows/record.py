@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import platform
 import subprocess
 import time
@@ -143,15 +144,26 @@ def provenance() -> dict[str, str]:
     return {
         "mlflow.source.git.commit": commit or "unknown",
         "speck.dirty": str(bool(_git("status", "--porcelain"))) if commit else "unknown",
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "mlflow.source.name": "speck train-all",
         "speck.host": platform.node(),
     }
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=REPO, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=REPO, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _user() -> str:
+    # A container's user id often has no name.
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _now_ms() -> int:

@@ -31,6 +31,10 @@ CARD = DatasetCard(
 SETTINGS = {"depth": 0.33, "width": 0.125, "depthwise": False, "candidate_mode": "center", "center_radius": 1.5}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-write", action="store_true", help="store the golden loss curve anew")
+
+
 @dataclass(frozen=True)
 class TinyDataset:
     """`folder`: the prepared files; `source`: a storage in DVC's layout from which `materialise` fetches `version`."""

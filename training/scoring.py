@@ -26,6 +26,8 @@ from training.workers import Workers
 Split = Literal["val", "test"]
 # Pictures show what a user would act on; scores count everything above ScoringSpec.score_threshold.
 SHOWN_SCORE = 0.3
+# Images per worker and forward pass. Fixed: in bf16 another batch size rounds otherwise.
+SCORING_BATCH = 8
 
 
 class Scored(NamedTuple):
@@ -48,9 +50,7 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
         dataset_folder, split, input_size_px=spec.training.input_size_px, augment=None, seed=0, cache_bytes=0
     )
     share = range(workers.rank, len(dataset), workers.world_size)
-    loader: DataLoader[Any] = DataLoader(
-        Subset(dataset, share), batch_size=max(1, spec.training.batch_size // workers.world_size), collate_fn=collate
-    )
+    loader: DataLoader[Any] = DataLoader(Subset(dataset, share), batch_size=SCORING_BATCH, collate_fn=collate)
     postprocess = PostprocessConfig(
         score_threshold=scoring.score_threshold,
         nms_iou=scoring.nms_iou,
@@ -117,7 +117,7 @@ def write_artifacts(
             dataset_folder / "images",
             test.ground_truth,
             test.detections,
-            partial / "predictions_test.png",
+            partial / "predictions_test.jpg",
             ignore_rule=spec.dataset.card.ignore_rule,
             score_threshold=SHOWN_SCORE,
         )

@@ -38,15 +38,15 @@ class TrainingState:
 
 
 def build_model(spec: RunSpec) -> nn.Module:
-    """The spec's detector, freshly initialised."""
+    """The spec's detector, freshly initialised, in channels-last memory order."""
     num_classes = len(spec.dataset.card.classes)
     detector = models.build(spec.architecture.name, num_classes=num_classes, **spec.architecture.settings)
-    return cast(nn.Module, detector)
+    return cast(nn.Module, detector).to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
 
 
 def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
     """Freshly initialised model, average and optimiser on `device`."""
-    model = build_model(spec).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(spec).to(device)
     return TrainingState(model, weight_average(model, spec.training), build_optimizer(model, spec.training))
 
 

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.card import UnknownDataset
+from flows.experiment import RUNS, BadExperiment, Experiment, load_experiment
+from models import UnknownArchitecture
+from models.settings import UnknownSetting
+
+VERSIONS = {"sample-aerial": "0" * 32}
+SMALL = """
+architectures: [yolox-nano]
+datasets: [sample-aerial]
+training: {epochs: 10}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """An experiment of one cell."""
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_the_cells_are_the_product_by_dataset_then_architecture_then_seed(small: Path) -> None:
+    experiment = load_experiment(small, architectures=["yolox-tiny", "yolox-nano"], seeds=[2, 0, 1])
+    cells = experiment.cells(VERSIONS)
+    assert [(cell.dataset.name, cell.architecture.name, cell.seed) for cell in cells] == [
+        ("sample-aerial", architecture, seed) for architecture in ("yolox-tiny", "yolox-nano") for seed in (2, 0, 1)
+    ]
+    assert len({cell.run_key for cell in cells}) == 6
+    assert all(cell.dataset.version == VERSIONS["sample-aerial"] for cell in cells)
+
+
+def test_datasets_are_the_slowest_axis() -> None:
+    experiment = Experiment(
+        architectures=("yolox-nano", "yolox-tiny"), datasets=("sample-aerial", "sample-aerial"), seeds=(0, 1)
+    )
+    cells = experiment.cells(VERSIONS)
+    assert [cell.title for cell in cells[:4]] == [cell.title for cell in cells[4:]]
+    assert len({cell.title for cell in cells[:4]}) == 4
+
+
+def test_a_cell_is_resolved_in_full(small: Path) -> None:
+    changes = ["settings.yolox-nano.center_radius=2.0", "training.epochs=3", "compute.workers=1"]
+    (cell,) = load_experiment(small, changes).cells(VERSIONS)
+    assert cell.architecture.settings["center_radius"] == 2.0
+    assert {"depth", "width", "depthwise"} <= cell.architecture.settings.keys()
+    assert cell.training.precision in {"bf16", "fp32"}
+    assert (cell.training.epochs, cell.compute.workers, cell.dataset.card.name) == (3, 1, "sample-aerial")
+
+
+def test_what_changes_the_result_changes_the_key_and_where_it_runs_does_not(small: Path) -> None:
+    keys = {
+        change: load_experiment(small, [change]).cells(VERSIONS)[0].run_key
+        for change in ("seeds=[0]", "compute.workers=1", "training.epochs=3", "settings.yolox-nano.center_radius=2.0")
+    }
+    assert keys["seeds=[0]"] == keys["compute.workers=1"]
+    assert len(set(keys.values())) == 3
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_experiment_is_valid_and_says_what_to_expect(path: Path) -> None:
+    experiment = load_experiment(path.stem)
+    cells = experiment.cells(dict.fromkeys(experiment.datasets, "0" * 32))
+    axes = (experiment.datasets, experiment.architectures, experiment.seeds)
+    assert len(cells) == len({cell.run_key for cell in cells}) == len(axes[0]) * len(axes[1]) * len(axes[2])
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert [
+        word for word in ("Aim", "Expected", "Hardware", "Duration", "Command") if word not in "".join(header)
+    ] == []
+
+
+def test_values_are_yaml_and_later_changes_win(small: Path) -> None:
+    experiment = load_experiment(
+        small,
+        [
+            "training.learning_rate=2e-3",
+            "training.optimizer=adamw",
+            "training.augment.mosaic_probability=0.5",
+            "training.augment={flip_probability: 0.25}",
+            "seeds=[3, 4]",
+            "training.epochs=5",
+            "training.epochs=6",
+        ],
+    )
+    training = experiment.training
+    assert (training.learning_rate, training.optimizer, training.epochs) == (0.002, "adamw", 6)
+    assert (training.augment.flip_probability, training.augment.mosaic_probability) == (0.25, 1.0)
+    assert experiment.seeds == (3, 4)
+
+
+def test_a_file_anywhere_is_an_experiment_and_axes_replace_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("architectures: [yolox-s]\ndatasets: [sample-aerial]\nseeds: [7]\n")
+    assert load_experiment(path).architectures == ("yolox-s",)
+    changed = load_experiment(str(path), architectures=["yolox-m"], seeds=[1])
+    assert (changed.architectures, changed.seeds) == (("yolox-m",), (1,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.epoch=3", r"training\.epoch: unknown key\. Did you mean 'epochs'\? Known: .*batch_size"),
+        ("training.augment.flip_probabilty=0", r"flip_probabilty: unknown key\. Did you mean 'flip_probability'\?"),
+        ("trainig.epochs=3", r"trainig: unknown key\. Did you mean 'training'\? Known: architectures, compute"),
+        ("training.epochs=many", r"training\.epochs: .*integer.* got 'many'"),
+        ("training.epochs=0", r"training\.epochs: .*greater than or equal to 1, got 0"),
+        ("training.closing_epochs=99", r"closing_epochs must be at most epochs \(10\), got 99"),
+        ("training.augment.flip_probability=2", r"flip_probability must be in 0\.\.1, got 2"),
+        ("training.optimizer=adam", r"training\.optimizer: .*'sgd' or 'adamw', got 'adam'"),
+        ("training=3", r"training: .* got 3"),
+        ("seeds=[]", r"seeds: .*at least 1 item"),
+        ("training.epochs.value=3", r"'epochs' holds 10, which has no keys"),
+        ("architectures.0=yolox-s", r"'architectures' holds \['yolox-nano'\], which has no keys"),
+        ("training.epochs", r"--set 'training\.epochs': expected key\.path=value"),
+        ("=3", r"--set '=3': expected key\.path=value"),
+        ("training.epochs=[3", r"--set 'training\.epochs=\[3': the value is not YAML"),
+        ("settings.yolox-s.width=1", r"settings\.yolox-s: not among the architectures \['yolox-nano'\]"),
+    ],
+)
+def test_a_bad_change_names_key_value_and_remedy(small: Path, change: str, message: str) -> None:
+    with pytest.raises(BadExperiment, match=message):
+        load_experiment(small, [change])
+
+
+def test_all_problems_come_at_once(small: Path) -> None:
+    with pytest.raises(BadExperiment) as caught:
+        load_experiment(small, ["training.epochs=0", "training.batch_size=0", "compute.worker=1"])
+    assert [key in str(caught.value) for key in ("training.epochs", "training.batch_size", "compute.worker")] == [
+        True
+    ] * 3
+
+
+def test_unknown_names_come_with_the_nearest_known_one(small: Path) -> None:
+    with pytest.raises(UnknownArchitecture, match=r"'yolox-nan' is not known\. Did you mean 'yolox-nano'\?"):
+        load_experiment(small, architectures=["yolox-nan"])
+    with pytest.raises(UnknownDataset, match=r"'sample-arial' is not known\. Did you mean 'sample-aerial'\?"):
+        load_experiment(small, datasets=["sample-arial"])
+    with pytest.raises(UnknownSetting, match=r"'widht' is not known\. Did you mean 'width'\?"):
+        load_experiment(small, ["settings.yolox-nano.widht=1"])
+    with pytest.raises(BadExperiment, match=r"'defalt' is no experiment in flows/runs\. Did you mean 'default'\?"):
+        load_experiment("defalt")
+    with pytest.raises(BadExperiment, match=r"nowhere\.yaml: no such experiment file"):
+        load_experiment(small.parent / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("architectures: [", "not YAML"), ("- yolox-nano\n", "found list"), ("", "found NoneType")]
+)
+def test_a_file_that_is_no_experiment(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(BadExperiment, match=message):
+        load_experiment(path)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import flows.record
+from flows.record import Recorder, flat_params, flat_scores, provenance
+from training.records import JournalEntry, RunResult, write_entry
+from training.spec import RunSpec
+
+
+def dead_server() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("kind", ["refused", "no database"])
+def test_a_store_that_is_not_there_costs_one_warning(
+    kind: str,
+    tmp_path: Path,
+    cell_spec: Callable[..., RunSpec],
+    make_result: Callable[..., RunResult],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: None,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "mlflow.db").write_text("no database")
+    uri = dead_server() if kind == "refused" else f"sqlite:///{tmp_path / 'mlflow.db'}"
+    spec, warnings = cell_spec(), list[str]()
+    write_entry(
+        tmp_path,
+        JournalEntry(run_key=spec.run_key, attempt=1, step=6, epoch=1, timestamp_ms=1, seconds=1, code_hash="c",
+                     metrics={"train/loss": 1.0}),
+    )  # fmt: skip
+    recorder = Recorder(uri, None, warnings.append)
+    recorder.begin(spec, "c0de")
+    recorder.sync(tmp_path)
+    recorder.finish(tmp_path, make_result(spec, 0.25, 0.5))
+    recorder.fail(tmp_path)
+    assert recorder.run_id is None
+    assert len(warnings) == 1
+    assert uri in warnings[0]
+
+
+def test_params_are_the_whole_spec_but_the_card_under_dotted_names(cell_spec: Callable[..., RunSpec]) -> None:
+    spec = cell_spec(seed=3)
+    params = flat_params(spec)
+    assert params["training.learning_rate"] == str(spec.training.learning_rate)
+    assert params["training.augment.flip_probability"] == str(spec.training.augment.flip_probability)
+    assert params["architecture.settings.width"] == str(spec.architecture.settings["width"])
+    assert (params["dataset.version"], params["seed"]) == (spec.dataset.version, "3")
+    assert [name for name in params if "card" in name] == []
+
+    content = spec.model_dump(mode="json", exclude={"dataset": {"card"}})
+    for name, value in params.items():
+        place = content
+        for part in name.split("."):
+            place = place[part]
+        assert value == str(place)
+    assert flat_params(cell_spec(seed=4)).keys() == params.keys()
+
+
+def test_scores_name_split_protocol_and_class_and_leave_out_what_had_no_ground_truth(
+    cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult]
+) -> None:
+    assert flat_scores(make_result(cell_spec(), 0.25, None)) == {
+        "final/val/coco/AP": 0.25,
+        "final/val/coco/AP50": 0.625,
+        "final/val/coco/AP/bright": 0.25,
+        "final/val/coco/AR/bright": 0.75,
+        "final/test/coco/AR/bright": 0.75,
+    }
+
+
+def test_the_commit_is_kept_and_whether_the_tree_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows.record, "REPO", tmp_path)
+    found = provenance()
+    assert (found["mlflow.source.git.commit"], found["speck.dirty"]) == ("unknown", "unknown")
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "somebody")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "somebody@example.org")
+    (tmp_path / "file").write_text("1")
+    for arguments in ("init --quiet", "add file", "commit --quiet --message first"):
+        assert os.spawnvp(os.P_WAIT, "git", ["git", "-C", str(tmp_path), *arguments.split()]) == 0
+    clean = provenance()
+    assert len(clean["mlflow.source.git.commit"]) == 40
+    assert clean["speck.dirty"] == "False"
+    (tmp_path / "file").write_text("2")
+    assert provenance() == clean | {"speck.dirty": "True"}
+
+
+def test_a_machine_without_git_or_user_name_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container often has neither: no git, and a user id without an entry in the list of users."""
+    monkeypatch.setenv("PATH", "")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_123)
+    found = provenance()
+    assert found["mlflow.source.git.commit"] == "unknown"
+    assert found["mlflow.user"] == "4000000123"

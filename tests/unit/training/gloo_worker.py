@@ -1,0 +1,105 @@
+"""One of two processes that train and score together: `python gloo_worker.py RANK WORLD_SIZE FOLDER`.
+
+FOLDER/job.json names the specs and datasets; what this rank saw goes to FOLDER/rank_<R>.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.interface import Losses
+from models.yolox import Yolox
+from training.loop import Hooks, train
+from training.scoring import score_split
+from training.spec import RunSpec
+from training.state import build_model
+from training.workers import Workers
+
+
+def run_all(folder: Path, workers: Workers) -> dict[str, Any]:
+    """What the job asks for, the same lines for one process and for two."""
+    job = json.loads((folder / "job.json").read_text())
+    specs = {name: RunSpec.model_validate(content) for name, content in job["specs"].items()}
+    datasets = {name: Path(path) for name, path in job["datasets"].items()}
+    return {
+        "first_step": first_step(specs["first_step"], datasets["same_pixels"], workers),
+        "scored": scored(specs["scored"], datasets["tiny"], workers),
+        "trained": trained(specs["trained"], datasets["tiny"], workers),
+        "skipping": skipping(specs["trained"], datasets["tiny"], workers),
+    }
+
+
+def first_step(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any]:
+    """Metrics of an epoch of one step, and the weights before and after it."""
+    reports: list[dict[str, float]] = []
+    hooks = Hooks(lambda metrics, *_: reports.append(metrics))
+    state, _ = train(spec, dataset, workers, hooks)
+    torch.manual_seed(spec.seed)
+    return {
+        "initial": build_model(spec).state_dict(), "metrics": reports[0], "weights": state.model.state_dict(),
+    }  # fmt: skip
+
+
+def scored(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any] | None:
+    """Detections of an untrained model, the same on every rank."""
+    torch.manual_seed(3)
+    result = score_split(spec, build_model(spec), dataset, "test", workers)
+    return None if result is None else {"detections": result.detections, "counts": result.result.counts}
+
+
+def trained(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any]:
+    """State after two epochs."""
+    state, validation = train(spec, dataset, workers, Hooks(lambda *_: None))
+    weights = {name: value.clone() for name, value in state.average.module.state_dict().items()}
+    alone = Workers(0, 1, workers.device)
+    again = score_split(spec, state.average.module, dataset, "val", alone)
+    return {
+        "weights": state.model.state_dict(),
+        "average": weights,
+        "reported": None if validation is None else validation.detections,
+        "again": None if again is None else again.detections,
+    }
+
+
+def skipping(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any]:
+    """An epoch in which the last rank alone meets a loss that is not finite, in its second step."""
+    criterion, calls = Yolox.criterion, 0
+
+    def spoilt(self: Yolox, *arguments: Any, **options: Any) -> Losses:
+        nonlocal calls
+        calls += 1
+        losses = criterion(self, *arguments, **options)
+        factor = float("nan") if calls == 2 and workers.rank == workers.world_size - 1 else 1.0
+        return Losses({name: value * factor for name, value in losses.sums.items()}, losses.counts, losses.metrics)
+
+    Yolox.criterion = spoilt  # type: ignore[method-assign]
+    reports: list[dict[str, float]] = []
+    try:
+        state, _ = train(spec, dataset, workers, Hooks(lambda metrics, *_: reports.append(metrics)))
+    finally:
+        Yolox.criterion = criterion  # type: ignore[method-assign]
+    parameters: dict[str, Tensor] = {name: value.detach() for name, value in state.model.named_parameters()}
+    return {"metrics": reports[0], "parameters": parameters, "steps": state.step}
+
+
+def main() -> None:
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", timedelta(seconds=60), rank=rank, world_size=world_size
+    )
+    seen = run_all(folder, Workers.current())
+    torch.save(seen, folder / f"rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
