@@ -32,8 +32,11 @@ def main() -> None:
     prepare_environment(Settings().home)
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        fail("interrupted; what was reached is kept, run the same command to go on", code=130)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into this.
+        if end.code == 130:
+            fail("interrupted; what was reached is kept, run the same command to go on", code=130)
+        raise
     except Exception as error:
         if not is_expected(error):
             raise

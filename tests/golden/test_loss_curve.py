@@ -1,4 +1,4 @@
-"""The stored loss curve: a refactor that is none moves it. `python -m pytest tests/golden --golden-write` stores anew."""
+"""The stored loss curve: a refactor that is none moves it. `pytest tests/golden --golden-write` stores it anew."""
 
 from __future__ import annotations
 
