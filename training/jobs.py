@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
     "glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
 )
+AGENT_PATIENCE_S = 60.0
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -61,7 +63,10 @@ def use_token(home: Path) -> None:
 def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Cluster]:
     """A cluster on loopback that lives as long as this block, and dies with this process even on SIGKILL."""
     use_token(home)
+    # The controller asks its workers for news this often, and every report waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Nobody preempts one's own machine; watching for it costs a process at the start.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
     context = ray.init(
@@ -96,20 +101,32 @@ class Jobs:
         return None
 
     def submit(self, attempt: Attempt, run_folder: Path, code_folder: Path) -> str:
-        """Submit an attempt; the workers get their own copy of the code."""
+        """Submit an attempt; the workers get their own copy of the code.
+
+        Raises:
+            CellFailed: Ray did not accept the job.
+        """
         environment = {
             "GLIBC_TUNABLES": ALLOCATOR,
             "OMP_WAIT_POLICY": "PASSIVE",
             "RAY_DEDUP_LOGS": "0",
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "2"),
-        }
-        submission_id: str = self._client.submit_job(
-            entrypoint=f"{sys.executable} -m training.job {run_folder} {attempt.number}",
-            submission_id=attempt.submission_id,
-            runtime_env={"working_dir": str(code_folder), "env_vars": environment},
-            metadata={"run_key": attempt.run_key},
-        )
-        return submission_id
+        } | {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+        deadline = time.monotonic() + AGENT_PATIENCE_S
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=f"{sys.executable} -m training.job {run_folder} {attempt.number}",
+                    submission_id=attempt.submission_id,
+                    runtime_env={"working_dir": str(code_folder), "env_vars": environment},
+                    metadata={"run_key": attempt.run_key},
+                )
+            except RuntimeError as error:
+                # A node's job agent comes up seconds after the cluster answers.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise CellFailed(f"Ray refused job {attempt.submission_id}: {error}") from error
+                time.sleep(0.5)
+            else:
+                return attempt.submission_id
 
     def follow(self, submission_id: str, on_line: Callable[[str], None]) -> None:
         """Pass on the job's output line by line until it ends.

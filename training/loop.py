@@ -71,6 +71,7 @@ def train(
         dataset.set_epoch(state.epoch, mosaic=not closing)
         sampler.set_epoch(state.epoch)
         metrics = train_one_epoch(spec, state, parallel, loader, workers, hooks, closing=closing)
+        workers.share_buffers(state.model, state.average)
         metrics["time/train_s"] = time.monotonic() - started
         metrics["train/images_left_out"] = float(sampler.num_dropped)
         metrics["train/images_per_s"] = len(loader) * spec.training.batch_size / metrics["time/train_s"]

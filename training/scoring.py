@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -102,7 +101,9 @@ def write_artifacts(
     run_folder: Path,
 ) -> None:
     """Weights, scores, detections and pictures into `<run>/artifacts/`, all of them or none."""
-    partial = run_folder / f"artifacts.partial-{os.getpid()}"
+    partial = run_folder / "artifacts.partial"
+    # What a killed worker left.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         save_tensors(partial / "weights.safetensors", weights)

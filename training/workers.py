@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Workers:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def share_buffers(self, *modules: nn.Module) -> None:
+        """Give every rank the buffers of rank 0: running statistics differ, for each rank sees its own images."""
+        for buffer in (buffer for module in modules if self.world_size > 1 for buffer in module.buffers()):
+            dist.broadcast(buffer, 0)
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on rank 0; None elsewhere."""

@@ -85,7 +85,7 @@ def render_with_instances(recipe: Recipe, split: str, index: int) -> tuple[Scene
     if not 0 <= index < num_images:
         raise IndexError(f"image {index} is outside split '{split}'; the recipe gives it {num_images}, counted from 0")
     rng = np.random.default_rng(np.random.SeedSequence([recipe.seed, splits.index(split), index]))
-    scale = float(rng.uniform(0.85, 1.0) if rng.random() < 0.88 else rng.uniform(0.35, 0.85))
+    scale = float(rng.uniform(0.85, 1.0) if rng.random() < 0.9 else rng.uniform(0.35, 0.85))
     ground = lay_out(rng, recipe.image_size_px, scale)
     sun_rad, shadow_length = float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.3, 0.9))
     shadow_xy = np.array([math.cos(sun_rad), math.sin(sun_rad)]) * shadow_length

@@ -83,6 +83,14 @@ class Ground:
         """Half the length of a band that reaches through the whole picture."""
         return self.size_px * 0.72 / self.scale
 
+    def between(self, low: float, high: float) -> float:
+        """A random number."""
+        return float(self.rng.uniform(low, high))
+
+    def times(self, low: int, high: int) -> range:
+        """A loop over a random number of rounds, at least `low` and below `high`."""
+        return range(int(self.rng.integers(low, high)))
+
     def to_px(self, uv: Points) -> Points:
         """Points (N, 2) from band units to pixels."""
         c, s = math.cos(self.angle_rad) * self.scale, math.sin(self.angle_rad) * self.scale

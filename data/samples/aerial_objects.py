@@ -112,7 +112,8 @@ def vehicle(rng: np.random.Generator) -> list[Layer]:
     a, w = {"car": (2.2, 0.98), "van": (2.5, 1.08), "pickup": (2.5, 1.05), "lorry": (3.1, 1.2)}[kind]
     outline = polygon(a, -w * 0.6, a * 0.93, -w * 0.9, a * 0.7, -w, -a * 0.9, -w, -a, -w * 0.8,
                       -a, w * 0.8, -a * 0.9, w, a * 0.7, w, a * 0.93, w * 0.9, a, w * 0.6)  # fmt: skip
-    layers = [Layer(outline, paint)]
+    # The flanks fall away from the light: a darker rim.
+    layers = [Layer(outline, _shade(paint, 0.6)), Layer(outline * (0.93, 0.82), paint)]
     if kind == "lorry":
         box = _pick(rng, CAR_PAINTS)
         layers += [Layer(polygon(a * 0.72, -w * 0.8, a * 0.9, -w * 0.7, a * 0.9, w * 0.7, a * 0.72, w * 0.8), GLASS)]
@@ -130,7 +131,7 @@ def vehicle(rng: np.random.Generator) -> list[Layer]:
             ),
             Layer(
                 polygon(a * 0.14, -w * 0.66, a * 0.14, w * 0.66, roof_end * a, w * 0.66, roof_end * a, -w * 0.66),
-                _shade(paint, 1.12),
+                _shade(paint, 1.2),
             ),
         ]
         if kind == "pickup":

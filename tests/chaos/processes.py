@@ -1,0 +1,59 @@
+"""Finding, watching and killing processes that a test started, and no others."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from uuid import uuid4
+
+import psutil
+
+MARK = "SPECK_TEST_MARK"
+
+
+def new_mark() -> str:
+    """A value for the environment variable MARK: all descendants of a process that has it can be found by it."""
+    return uuid4().hex
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes whose environment carries the mark, except this one."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            is_living = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+            if is_living and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def described(processes: list[psutil.Process]) -> list[str]:
+    """Command lines of those that still live, for messages."""
+    lines = []
+    for process in processes:
+        with suppress(psutil.Error):
+            lines.append(f"{process.pid}: {' '.join(process.cmdline())[:200]}")
+    return lines
+
+
+def left_after(mark: str, timeout_s: float) -> list[str]:
+    """Waits until no marked process lives; returns those that outlived the timeout, and kills them."""
+    deadline = time.monotonic() + timeout_s
+    while (processes := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    lines = described(processes)
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    return lines
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.02) -> None:
+    """Returns as soon as the condition holds; raises TimeoutError naming `what` when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {timeout_s:.0f} s")
+        time.sleep(every_s)

@@ -1,0 +1,208 @@
+"""Real cells on a real embedded Ray cluster: one worker group after another on one cluster for the whole file."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import psutil
+import pytest
+import torch
+from chaos.processes import MARK, left_after, marked, new_mark
+from safetensors.torch import load_file
+
+from training.checkpoint import newest_first, verify_checkpoint
+from training.jobs import CellFailed, Cluster, Jobs, code_snapshot, embedded_cluster
+from training.records import RunResult, read_attempt, read_journal, read_result, record_attempt
+from training.scoring import score_split
+from training.spec import ComputeSpec, RunSpec
+from training.state import build_model
+from training.workers import Workers
+
+ROOT = Path(__file__).parents[2]
+MakeSpec = Callable[..., RunSpec]
+TWO_WORKERS = ComputeSpec(workers=2, max_failures=2)
+ARTIFACTS = {
+    "weights.safetensors", "spec.json", "seconds.json", "score_val.json", "score_test.json", "detections_val.json",
+    "detections_test.json", "pr_curve_test.png", "predictions_test.jpg", "training_curves.png",
+}  # fmt: skip
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@dataclass
+class Service:
+    """The cluster of this file, and where its cells store their runs."""
+
+    cluster: Cluster
+    jobs: Jobs
+    storage: Path
+    mark: str
+
+    def submit(self, spec: RunSpec, source: str) -> tuple[str, Path]:
+        """Submit a new attempt; returns its id and run folder."""
+        run_folder = self.storage / spec.run_key
+        attempt = record_attempt(run_folder, spec, data_source=source, code_hash="c" * 12)
+        with code_snapshot(ROOT) as code:
+            return self.jobs.submit(attempt, run_folder, code), run_folder
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home, mark = tmp_path_factory.mktemp("home"), new_mark()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(MARK, mark)
+        environment.setenv("SPECK_STORE", str(home / "store"))
+        with embedded_cluster(home, num_cpus=2) as cluster:
+            yield Service(cluster, Jobs(cluster), home / "runs", mark)
+    assert left_after(mark, 30) == [], "processes that outlived the cluster"
+
+
+@dataclass
+class Finished:
+    """A cell that ran to its end, and what was seen on the way."""
+
+    spec: RunSpec
+    folder: Path
+    submission_id: str
+    result: RunResult
+    lines: list[str] = field(default_factory=list)
+    living: list[str | None] = field(default_factory=list)
+    refusal: str = ""
+
+
+@pytest.fixture(scope="module")
+def finished(service: Service, tiny: Any, tiny_spec: MakeSpec) -> Finished:
+    spec = tiny_spec(compute=TWO_WORKERS)
+    submission_id, folder = service.submit(spec, tiny.source)
+    lines: list[str] = []
+    living = [service.jobs.living(spec.run_key), service.jobs.living("0" * 12)]
+    with code_snapshot(ROOT) as code, pytest.raises(RuntimeError) as refused:
+        service.jobs.submit(read_attempt(folder, 1), folder, code)
+    service.jobs.follow(submission_id, lines.append)
+    result = read_result(folder)
+    assert result is not None
+    living.append(service.jobs.living(spec.run_key))
+    return Finished(spec, folder, submission_id, result, lines, living, str(refused.value))
+
+
+def test_a_cell_leaves_a_valid_result(finished: Finished, tiny: Any) -> None:
+    result = finished.result
+    assert (result.run_key, result.spec, result.attempts) == (finished.spec.run_key, finished.spec, 1)
+    assert {name.removeprefix("artifacts/") for name in result.files} == ARTIFACTS
+    assert {"train", "score_test", "job"} <= result.seconds.keys()
+    for split, score in result.scores.items():
+        assert (score.split, score.dataset_version) == (split, tiny.version)
+        assert score.counts["num_detected_images"] == score.counts["num_images"] == 8
+    for name in ARTIFACTS:
+        if name.endswith((".png", ".jpg")):
+            picture = cv2.imread(str(finished.folder / "artifacts" / name))
+            assert picture is not None
+            assert min(picture.shape[:2]) > 100
+            assert len(torch.from_numpy(picture).unique()) > 8, f"{name} is blank"
+
+
+def test_the_journal_has_each_epoch_once(finished: Finished) -> None:
+    entries = read_journal(finished.folder)
+    assert [(entry.epoch, entry.step, entry.attempt) for entry in entries] == [(1, 6, 1), (2, 12, 1)]
+    assert len(list((finished.folder / "journal").iterdir())) == 2
+    for entry in entries:
+        assert entry.metrics["train/loss"] > 0
+        assert entry.metrics["system/process_memory_gib"] > 0
+        assert not entry.non_finite
+    assert entries[0].timestamp_ms < entries[1].timestamp_ms <= finished.result.finished_ms
+    assert entries[-1].metrics["val/coco/AP"] == finished.result.scores["val"].metrics["coco/AP"]
+
+
+def test_two_checkpoints_are_kept_whole(finished: Finished) -> None:
+    manifests = [verify_checkpoint(folder) for folder in newest_first(finished.folder)]
+    assert [(manifest.epoch, manifest.run_key) for manifest in manifests] == [
+        (2, finished.spec.run_key), (1, finished.spec.run_key),
+    ]  # fmt: skip
+
+
+def test_the_stored_weights_give_the_stored_score(finished: Finished, tiny: Any) -> None:
+    """In one process, without Ray: what two workers scored together is what anyone gets from the file."""
+    spec, artifacts = finished.spec, finished.folder / "artifacts"
+    model = build_model(spec)
+    model.load_state_dict(load_file(artifacts / "weights.safetensors"))
+    for split, stored in finished.result.scores.items():
+        again = score_split(spec, model, tiny.folder, split, Workers(0, 1, torch.device("cpu")))
+        assert again is not None
+        assert again.result.score_key == stored.score_key
+        assert again.result.counts == stored.counts
+        assert again.result.metrics == pytest.approx(stored.metrics, abs=1e-6)
+        detections = json.loads((artifacts / f"detections_{split}.json").read_text())
+        assert [d["score"] for d in again.detections] == pytest.approx([d["score"] for d in detections], rel=1e-4)
+
+
+def test_a_living_job_is_found_and_its_id_is_used_once(finished: Finished) -> None:
+    during, stranger, after = finished.living
+    assert during == finished.submission_id == f"{finished.spec.run_key}-1"
+    assert stranger is None
+    assert after is None
+    assert "already exists" in finished.refusal
+    assert any("data ready on 2 workers" in line for line in finished.lines)
+    assert any("epoch 2/2 step 12/12" in line for line in finished.lines)
+
+
+@pytest.mark.parametrize("authorization", [None, "Bearer " + "0" * 64])
+def test_the_job_api_refuses_whoever_has_no_token(service: Service, authorization: str | None) -> None:
+    headers = {"Authorization": authorization} if authorization else {}
+    submission = b'{"entrypoint": "touch /tmp/never"}'
+    for request in (
+        urllib.request.Request(f"{service.cluster.jobs_url}/api/jobs/", headers=headers),
+        urllib.request.Request(f"{service.cluster.jobs_url}/api/jobs/", submission, headers, method="POST"),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        assert refused.value.code in {401, 403}
+
+
+def test_a_missing_dataset_fails_the_cell_with_its_cause(service: Service, tiny: Any, tiny_spec: MakeSpec) -> None:
+    spec = tiny_spec()
+    spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"version": "0" * 32})})
+    submission_id, folder = service.submit(spec, tiny.source)
+    with pytest.raises(CellFailed) as failed:
+        service.jobs.follow(submission_id, lambda _: None)
+    first_line = str(failed.value).splitlines()[0]
+    assert "ended FAILED" in first_line
+    assert "MissingObject" in first_line
+    assert tiny.source in first_line
+    assert read_result(folder) is None
+    assert service.jobs.living(spec.run_key) is None
+
+
+def test_a_killed_worker_costs_the_epoch_in_flight_alone(service: Service, tiny: Any, tiny_spec: MakeSpec) -> None:
+    spec = tiny_spec(epochs=3, batch_size=2, seed=2, compute=TWO_WORKERS)
+    submission_id, folder = service.submit(spec, tiny.source)
+    killed: list[int] = []
+    lines: list[str] = []
+
+    def kill_one_in_the_second_epoch(line: str) -> None:
+        lines.append(line)
+        if not killed and any((folder / "journal").glob("*.json")):
+            worker = next(process for process in marked(service.mark) if _is_train_worker(process))
+            killed.append(worker.pid)
+            worker.kill()
+
+    service.jobs.follow(submission_id, kill_one_in_the_second_epoch)
+    assert killed
+    result = read_result(folder)
+    assert result is not None
+    entries = read_journal(folder)
+    assert [(entry.epoch, entry.step, entry.attempt) for entry in entries] == [(1, 12, 1), (2, 24, 1), (3, 36, 1)]
+    starts = [line for line in lines if "data ready on" in line]
+    assert len(starts) == 2, lines
+    assert "starting at epoch 1" in starts[0]
+    assert "resuming from checkpoint_" in starts[1]
+
+
+def _is_train_worker(process: psutil.Process) -> bool:
+    return any("RayTrainWorker" in part for part in process.cmdline())

@@ -1,0 +1,192 @@
+"""The command line as a user meets it: quick help, errors that say what to type instead, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import flows.experiment
+from flows.cli import app, main
+from flows.settings import Settings
+from models import ARCHITECTURES
+
+ROOT = Path(__file__).parents[3]
+CALL = """
+import sys
+from flows.cli import main
+try:
+    main()
+finally:
+    print("imported:", *sorted({"prefect", "ray", "torch", "mlflow"} & sys.modules.keys()), file=sys.stderr)
+"""
+
+Answer = tuple[int, str, str]
+Speck = Callable[..., Answer]
+
+
+@pytest.fixture
+def speck(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: Settings
+) -> Callable[..., Answer]:
+    """Runs a command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["speck", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code or 0
+        printed = capsys.readouterr()
+        return int(code), printed.out, printed.err
+
+    return call
+
+
+def in_a_process(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CALL, *arguments], cwd=ROOT, env=os.environ | {"SPECK_HOME": str(home), "COLUMNS": "120"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def what_is_in(home: Path) -> list[Path]:
+    return sorted(home.rglob("*"))
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    answer = in_a_process(tmp_path / "home", "--help")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert commands.keys() >= {"train-all", "train", "plan", "evaluate", "history", "models", "data"}
+    assert [name for name in commands if f" {name} " not in answer.stdout] == []
+    assert (answer.returncode, answer.stderr.split()) == (0, ["imported:"])
+    assert what_is_in(tmp_path / "home") == []
+
+
+def test_a_misspelt_name_starts_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    answer = in_a_process(tmp_path / "home", "train", "yolox-nan", "sample-aerial")
+    error, imported = answer.stderr.splitlines()
+    assert answer.returncode == 1
+    assert error.startswith("UnknownArchitecture: 'yolox-nan' is not known. Did you mean 'yolox-nano'? Known: ")
+    assert imported == "imported: torch"
+    assert (answer.stdout, what_is_in(tmp_path / "home")) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train yolox-nano sample-arial", "UnknownDataset: dataset 'sample-arial' is not known. Did you mean 'sample-"),
+        ("train-all --architectures yolox-nano,yolox-sm", "UnknownArchitecture: 'yolox-sm' is not known. Did you mean"),
+        ("train-all --set training.epoch=3", "training.epoch: unknown key. Did you mean 'epochs'?"),
+        ("train-all --set training.epochs=many", "training.epochs: Input should be a valid integer"),
+        ("plan --set training.epochs", "BadExperiment: --set 'training.epochs': expected key.path=value"),
+        ("plan --spec defalt", "BadExperiment: 'defalt' is no experiment in flows/runs. Did you mean 'default'?"),
+        ("plan --spec no/such.yaml", "BadExperiment: no/such.yaml: no such experiment file"),
+        ("evaluate 0123", "UnknownRun: '0123' must begin the key of exactly one finished run; none does."),
+        ("data check sample-arial", "UnknownDataset: dataset 'sample-arial' is not known. Did you mean 'sample-"),
+        ("history sample-arial", "UnknownDataset: dataset 'sample-arial' is not known. Did you mean 'sample-"),
+    ],
+)
+def test_an_error_of_the_user_is_one_message_and_exit_code_1(
+    speck: Speck, settings: Settings, arguments: str, message: str
+) -> None:
+    code, out, err = speck(*arguments.split())
+    assert (code, out) == (1, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert what_is_in(settings.home) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan --seeds 0,first", "seeds are whole numbers"),
+        ("evaluate 0123 --split training", "use val or test"),
+        ("trian", "No such command 'trian'"),
+        ("plan --sed 0", "No such option: --sed"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(
+    speck: Speck, settings: Settings, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, err = speck(*arguments.split())
+    assert (code, out) == (2, "")
+    assert message in err
+    assert what_is_in(settings.home) == []
+
+
+def test_a_fault_of_ours_keeps_its_traceback(speck: Speck, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(flows.experiment, "load_experiment", fault)
+    with pytest.raises(ZeroDivisionError):
+        speck("plan")
+
+
+def test_ctrl_c_says_how_to_go_on(speck: Speck, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flows.experiment, "load_experiment", interrupt)
+    code, _, err = speck("plan")
+    assert code == 130
+    assert "run the same command to go on" in err
+
+
+def test_plan_json_tells_every_cell_and_writes_nothing(speck: Speck, settings: Settings) -> None:
+    axes = ("--datasets", "sample-aerial", "--architectures", "yolox-nano,yolox-s", "--seeds", "0, 5")
+    code, out, _ = speck("plan", "--json", *axes)
+    answer = json.loads(out)
+    assert (code, answer["unversioned_datasets"]) == (0, [])
+    assert [(cell["architecture"], cell["seed"], cell["state"]) for cell in answer["cells"]] == [
+        (architecture, seed, "train") for architecture in ("yolox-nano", "yolox-s") for seed in (0, 5)
+    ]
+    assert len({cell["run_key"] for cell in answer["cells"]}) == 4
+    assert what_is_in(settings.home) == []
+    text = speck("plan", *axes)[1]
+    assert [line.split()[:2] for line in text.splitlines()] == [[cell["run_key"], "train"] for cell in answer["cells"]]
+
+
+def test_models_json_is_the_table_of_architectures(speck: Speck) -> None:
+    code, out, _ = speck("models", "--json")
+    assert code == 0
+    assert json.loads(out).keys() == ARCHITECTURES.keys()
+    assert json.loads(out)["yolox-nano"]["width"] == 0.25
+
+
+def test_data_list_json_names_every_card(speck: Speck) -> None:
+    code, out, _ = speck("data", "list", "--json")
+    assert code == 0
+    assert {dataset["name"] for dataset in json.loads(out)} == {
+        path.stem for path in (ROOT / "data" / "catalog").glob("*.yaml")
+    }
+
+
+def test_a_command_tells_the_libraries_to_keep_quiet_and_what_the_user_set_stays(
+    speck: Speck, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DO_NOT_TRACK", "perhaps")
+    for name in ("PREFECT_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    assert speck("models", "--json")[0] == 0
+    assert os.environ["DO_NOT_TRACK"] == "perhaps"
+    assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert os.environ["PREFECT_HOME"] == str(settings.home / "prefect")
+
+
+def test_a_prefect_server_named_in_the_environment_keeps_its_own_home(
+    speck: Speck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    assert speck("models", "--json")[0] == 0
+    assert "PREFECT_HOME" not in os.environ
