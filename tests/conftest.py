@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class TinyDataset:
     source: str
     version: str
     card: DatasetCard
+
+
+def pytest_configure() -> None:
+    """Ray reads its authentication mode once, when the first test imports it."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @pytest.fixture(scope="session")

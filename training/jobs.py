@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from training.meter import ERROR_MARK, PROGRESS_MARK
@@ -69,19 +70,33 @@ def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Clu
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
-    context = ray.init(
-        num_cpus=num_cpus,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=_free_port(),
-        _node_ip_address="127.0.0.1",
-        configure_logging=False,
-        log_to_driver=False,
-    )
+    with _agent_at_any_port():
+        context = ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=_free_port(),
+            _node_ip_address="127.0.0.1",
+            configure_logging=False,
+            log_to_driver=False,
+        )
     try:
         yield Cluster(context.address_info["gcs_address"], f"http://{context.dashboard_url}")
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _agent_at_any_port() -> Iterator[None]:
+    """`ray.init` has no argument for the job agent's port; at its fixed one a machine holds a single cluster."""
+    from ray._private import parameter
+
+    original = parameter.RayParams
+    parameter.RayParams = partial(original, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = original
 
 
 class Jobs:
