@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import sys
@@ -106,6 +107,8 @@ class Jobs:
         from ray.job_submission import JobSubmissionClient
 
         self._client = JobSubmissionClient(cluster.jobs_url)
+        # Ray itself would look for any cluster on the machine, and may find another one.
+        self._address = {} if cluster.address == "auto" else {"RAY_ADDRESS": cluster.address}
 
     def living(self, run_key: str) -> str | None:
         """Submission id of a job of this run that has not ended, or None."""
@@ -121,16 +124,24 @@ class Jobs:
         Raises:
             CellFailed: Ray did not accept the job.
         """
-        environment = {
-            "GLIBC_TUNABLES": ALLOCATOR,
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "RAY_DEDUP_LOGS": "0",
-        } | {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+        environment = (
+            self._address
+            | {
+                "GLIBC_TUNABLES": ALLOCATOR,
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "RAY_DEDUP_LOGS": "0",
+                # Or every printed line comes twice.
+                "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            }
+            | {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+        )
+        command = ["env", *(f"{name}={value}" for name, value in self._address.items())]
+        command += [sys.executable, "-m", "training.job", str(run_folder), str(attempt.number)]
         deadline = time.monotonic() + AGENT_PATIENCE_S
         while True:
             try:
                 self._client.submit_job(
-                    entrypoint=f"{sys.executable} -m training.job {run_folder} {attempt.number}",
+                    entrypoint=shlex.join(command),
                     submission_id=attempt.submission_id,
                     runtime_env={"working_dir": str(code_folder), "env_vars": environment},
                     metadata={"run_key": attempt.run_key},

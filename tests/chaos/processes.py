@@ -18,13 +18,13 @@ def new_mark() -> str:
     return uuid4().hex
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Living processes whose environment carries the mark, except this one."""
+def marked(mark: str, naming: str = "") -> list[psutil.Process]:
+    """Living processes whose environment carries the mark and whose command line holds `naming`, except this one."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             is_living = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
-            if is_living and process.environ().get(MARK) == mark:
+            if is_living and process.environ().get(MARK) == mark and naming in " ".join(process.cmdline()):
                 found.append(process)
     return found
 

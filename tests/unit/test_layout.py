@@ -55,7 +55,12 @@ def test_our_package_names_mean_our_packages(tmp_path: Path) -> None:
     code = "import importlib.util as u, sys; print(*(u.find_spec(name).origin for name in sys.argv[1:]), sep='\\n')"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     found = subprocess.run(
-        [sys.executable, "-c", code, *PACKAGES], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *PACKAGES],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     places = [str(ROOT.joinpath(*package.split("."), "__init__.py")) for package in PACKAGES]
     assert found.stdout.split("\n")[:-1] == places
@@ -90,7 +95,9 @@ def test_every_test_can_fail() -> None:
 
 
 def _without_assertion(path: Path) -> Iterator[str]:
-    functions = {node.name: node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.FunctionDef)}
+    functions = {
+        node.name: node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.FunctionDef)
+    }
     checking = {name for name, node in functions.items() if _asserts(node)}
     while more := {
         name for name, node in functions.items() if name not in checking and _names(node) & checking

@@ -50,9 +50,10 @@ def speck(
 
 
 def in_a_process(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"SPECK_HOME": str(home), "COLUMNS": "120"}
     return subprocess.run(
-        [sys.executable, "-c", CALL, *arguments], cwd=ROOT, env=os.environ | {"SPECK_HOME": str(home), "COLUMNS": "120"},
-        capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", CALL, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
     )  # fmt: skip
 
 

@@ -6,8 +6,7 @@ import pytest
 
 from data.card import UnknownDataset
 from flows.experiment import RUNS, BadExperiment, Experiment, load_experiment
-from models import UnknownArchitecture
-from models.settings import UnknownSetting
+from models.settings import UnknownArchitecture, UnknownSetting
 
 VERSIONS = {"sample-aerial": "0" * 32}
 SMALL = """

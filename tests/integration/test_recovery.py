@@ -1,0 +1,115 @@
+"""kill -9 of the whole flow at its worst moments: the next run goes on, and nothing is there twice."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from chaos.pipeline import FlowRun, Pipeline, make_pipeline
+from chaos.processes import left_after
+from mlflow import MlflowClient
+
+from training.checkpoint import MANIFEST, newest_first, verify_checkpoint
+from training.records import RESULT, read_result
+
+ENDS_S = 30.0
+RUNS_S = 180.0
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    return make_pipeline(tmp_path)
+
+
+def finish(pipeline: Pipeline) -> FlowRun:
+    """Run to the end, and check everything that a finished run promises."""
+    run = pipeline.start()
+    try:
+        assert run.wait(RUNS_S) == 0, run.output
+    finally:
+        run.process.kill()
+        left = left_after(run.mark, ENDS_S)
+    assert left == [], "processes that outlived a finished run"
+    result = read_result(pipeline.run_folder)
+    assert result is not None
+    assert [entry.epoch for entry in pipeline.journal()] == [1, 2, 3]
+    assert not list(pipeline.run_folder.glob("*partial*"))
+    assert_logged_once(pipeline, result.run_key)
+    return run
+
+
+def assert_logged_once(pipeline: Pipeline, run_key: str) -> None:
+    client = MlflowClient(f"sqlite:///{pipeline.home / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`speck.run_key` = '{run_key}'")
+    assert run.info.status == "FINISHED"
+    for name in ("train/loss", "train/learning_rate"):
+        steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, name))
+        assert steps == {6: 1, 12: 1, 18: 1}, name
+
+
+def kill_after_epoch(pipeline: Pipeline, epoch: int) -> FlowRun:
+    """Kill a run when an epoch is in the journal; nothing that it started may outlive it."""
+    run = pipeline.start()
+    try:
+        pipeline.kill_after_epoch(run, epoch)
+    finally:
+        run.process.kill()
+        left = left_after(run.mark, ENDS_S)
+    assert left == [], "processes that outlived a killed run"
+    return run
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.timeout(600)
+def test_three_kills_cost_the_work_in_flight_and_nothing_else(pipeline: Pipeline) -> None:
+    # During an epoch: the first one is reported, the second one runs.
+    kill_after_epoch(pipeline, 1)
+
+    # While a checkpoint is written. Ray writes neither it nor its own list of checkpoints in one go.
+    kill_after_epoch(pipeline, 2)
+    newest, before, *_ = newest_first(pipeline.run_folder)
+    (newest / MANIFEST).unlink()
+    cut_short(newest / "model.safetensors")
+    cut_short(pipeline.run_folder / "checkpoint_manager_snapshot.json")
+    assert verify_checkpoint(before).epoch == 1
+    second = pipeline.journal()[1]
+
+    # Between the last epoch and the result. The second epoch is done again, its first report stays.
+    run = kill_after_epoch(pipeline, 3)
+    assert f"skipping a checkpoint: {newest.name}" in run.output
+    assert f"resuming from {before.name}" in run.output
+    assert pipeline.journal()[1] == second
+    assert read_result(pipeline.run_folder) is None
+
+    run = finish(pipeline)
+    assert "stopped after epoch 3 of 3" in run.output
+    assert "epoch 3/3" not in run.output, "nothing was left to train"
+
+    # And once more: nothing to do, said with its reason.
+    result = pipeline.run_folder / RESULT
+    written_ns = result.stat().st_mtime_ns
+    run = finish(pipeline)
+    assert "cached" in run.output
+    assert "finished 20" in run.output
+    assert "data ready" not in run.output
+    assert result.stat().st_mtime_ns == written_ns
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_kills_at_random_moments(pipeline: Pipeline) -> None:
+    """Each run is killed somewhere between its start and its end; whatever was hit, the last one finishes."""
+    moment = random.Random(0)
+    for _ in range(12):
+        run = pipeline.start()
+        time.sleep(moment.uniform(1, 50))
+        run.kill()
+        assert left_after(run.mark, ENDS_S) == []
+    finish(pipeline)
