@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from flows.data_commands import data_app
 from flows.output import JsonOption, print_json
+
+if TYPE_CHECKING:
+    from flows.train_all import Report
 
 app = typer.Typer(
     help="Train small-object detectors: a dataset version goes in, a promoted model comes out.",
@@ -175,7 +179,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 def is_expected(error: Exception) -> bool:
     """True for errors that are an answer to the user, not a fault of ours: those that our own packages define."""
-    ours = {"flows", "models", "data", "training", "evaluation", "tracking"}
+    ours = {"flows", "models", "data", "training", "evaluation", "tracking", "infra"}
     return type(error).__module__.partition(".")[0] in ours
 
 
@@ -184,41 +188,43 @@ def _train(
     as_json: bool,
 ) -> None:  # fmt: skip
     from flows.experiment import load_experiment
-    from flows.settings import Settings
+    from flows.say import plain_terminal
+    from flows.settings import Settings, prefect_api
 
     # Checked before anything heavy starts; the flow loads it again from the same arguments.
     load_experiment(spec, sets, architectures=architectures, datasets=datasets, seeds=seeds)
-    from flows.say import plain_terminal
-
     plain_terminal(sys.stderr if as_json else sys.stdout)
-    from flows.leaderboard import as_json as leaderboard_json
-    from flows.leaderboard import as_table
-    from flows.train_all import CellsFailed, train_all
+    settings = Settings()
+    with prefect_api(settings.home):
+        from flows.train_all import CellsFailed, train_all
 
-    try:
-        report = train_all(
-            experiment=spec, changes=list(sets), architectures=list(architectures), datasets=list(datasets),
-            seeds=list(seeds),
-        )  # fmt: skip
-    except CellsFailed as error:
-        report = error.report
-    if as_json:
-        print_json({"rows": leaderboard_json(report.rows), "seconds": report.seconds})
-    else:
-        _print_table(as_table(report.rows))
-        settings = Settings()
-        for row in report.rows:
-            typer.echo(
-                f"{row.architecture} / {row.dataset} / seed {row.seed}: "
-                + (
-                    f"failed: {row.error}"
-                    if row.error
-                    else f"pictures in {settings.storage / row.run_key / 'artifacts'}"
-                )
-            )
-        typer.echo("compare runs in the browser: make ui")
+        try:
+            report = train_all(
+                experiment=spec, changes=list(sets), architectures=list(architectures), datasets=list(datasets),
+                seeds=list(seeds),
+            )  # fmt: skip
+        except CellsFailed as error:
+            report = error.report
+    _print_report(report, settings.storage, as_json)
     if report.failed:
         raise CellsFailed(report)
+
+
+def _print_report(report: Report, storage: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from flows.leaderboard import as_json as leaderboard_json
+    from flows.leaderboard import as_table
+
+    if as_json:
+        print_json({"rows": leaderboard_json(report.rows), "seconds": report.seconds})
+        return
+    # Without a terminal rich would assume 80 columns and break names apart.
+    Console(width=None if sys.stdout.isatty() else 160).print(as_table(report.rows))
+    for row in report.rows:
+        outcome = f"failed: {row.error}" if row.error else f"pictures in {storage / row.run_key / 'artifacts'}"
+        typer.echo(f"{row.architecture} / {row.dataset} / seed {row.seed}: {outcome}")
+    typer.echo("compare runs in the browser: make ui")
 
 
 def _names(text: str) -> list[str]:
@@ -232,10 +238,3 @@ def _seeds(text: str) -> list[int]:
         raise typer.BadParameter(
             f"{text!r}: seeds are whole numbers, separated by commas", param_hint="--seeds"
         ) from None
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-
-    # Without a terminal rich would assume 80 columns and break names apart.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)

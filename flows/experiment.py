@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data.card import did_you_mean, load_card
 from training.spec import (
@@ -43,6 +43,13 @@ class Experiment(BaseModel):
     training: TrainingSpec = TrainingSpec()
     scoring: ScoringSpec = ScoringSpec()
     compute: ComputeSpec = ComputeSpec()
+
+    @field_validator("architectures", "datasets", "seeds")
+    @classmethod
+    def _no_cell_twice(cls, axis: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(axis)) != len(axis):
+            raise ValueError("every value must occur once")
+        return axis
 
     @model_validator(mode="after")
     def _every_worker_has_work(self) -> Experiment:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.summary import summarise
 from flows.settings import REPO
-from tracking.client import TrackingUnavailable, connect
+from tracking.client import connect
 from tracking.runs import DatasetRef, JournalEntry, ensure_run, finish, replay
 from training.records import RunResult, read_journal
 from training.spec import RunSpec
@@ -106,9 +106,10 @@ class Recorder:
             if self._client is None:
                 self._client = connect(self._tracking_uri)
             action(self._client)
-        except TrackingUnavailable as error:
+        except Exception as error:
+            # Not only TrackingUnavailable: a run that somebody deletes meanwhile must not stop training either.
             self._lost = True
-            self._warn(f"MLflow is left behind, training goes on: {error}")
+            self._warn(f"MLflow is left behind, training goes on: {type(error).__name__}: {error}")
 
 
 def flat_params(spec: RunSpec) -> dict[str, str]:

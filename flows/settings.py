@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field
@@ -36,6 +38,39 @@ class Settings(BaseSettings):
         return self.mlflow_tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
 
 
+@contextmanager
+def prefect_api(home: Path) -> Iterator[None]:
+    """The server of PREFECT_API_URL, or one of our own for the length of this block. Enter before importing prefect.
+
+    Differs from the server that Prefect would start by itself: it asks for credentials, and it does not outlive us.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        yield
+        return
+    from infra.servers import free_port, prefect_server, read_credentials, running
+
+    logs = home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    credentials = read_credentials(home)
+    server = prefect_server(home, free_port(), credentials)
+    with running(server, logs / "prefect-embedded.log"):
+        os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+        os.environ["PREFECT_API_AUTH_STRING"] = f"{credentials.user}:{credentials.password}"
+        try:
+            yield
+        finally:
+            _send_what_waits()
+
+
+def _send_what_waits() -> None:
+    # Left to their own exit handlers, the senders would try for a minute to reach a server that has stopped.
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for sender in (APILogWorker, EventsWorker):
+        sender.drain_all(timeout=10)
+
+
 def prepare_environment(home: Path) -> None:
     """Set what the libraries read at import: no telemetry, Prefect's local state beside ours. What is set stays."""
     defaults = {
@@ -47,9 +82,6 @@ def prepare_environment(home: Path) -> None:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     }
     if "PREFECT_API_URL" not in os.environ:
-        # Prefect makes the last part of this path, but not its parents.
-        home.mkdir(parents=True, exist_ok=True)
-        # A busy machine takes longer than the 20 s that Prefect gives its own server.
-        defaults |= {"PREFECT_HOME": str(home / "prefect"), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
+        defaults["PREFECT_HOME"] = str(home / "prefect")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

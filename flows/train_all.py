@@ -94,7 +94,7 @@ def run_experiment(experiment: Experiment, settings: Settings) -> Report:
     return report
 
 
-@task(name="version-data", task_run_name="version {name}", retries=1)
+@task(name="version-data", task_run_name="version {name}")
 def version_data(name: str) -> DatasetVersion:
     """Prepare and version one dataset with DVC; nothing runs when nothing changed."""
     version = version_dataset(name, REPO)

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str]) -> None:
     """Waits for the command, or for SIGTERM, which also arrives when the parent dies; then ends what is left."""
     parent, command = int(arguments[0]), arguments[1:]
     signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A handler, not SIG_IGN: the command would inherit that, and a Prefect worker forwards SIGTERM as SIGINT.
+    signal.signal(signal.SIGINT, lambda *_: None)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

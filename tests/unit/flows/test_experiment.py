@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.card import UnknownDataset
-from flows.experiment import RUNS, BadExperiment, Experiment, load_experiment
+from flows.experiment import RUNS, BadExperiment, load_experiment
 from models.settings import UnknownArchitecture, UnknownSetting
 
 VERSIONS = {"sample-aerial": "0" * 32}
@@ -34,13 +34,12 @@ def test_the_cells_are_the_product_by_dataset_then_architecture_then_seed(small:
     assert all(cell.dataset.version == VERSIONS["sample-aerial"] for cell in cells)
 
 
-def test_datasets_are_the_slowest_axis() -> None:
-    experiment = Experiment(
-        architectures=("yolox-nano", "yolox-tiny"), datasets=("sample-aerial", "sample-aerial"), seeds=(0, 1)
-    )
-    cells = experiment.cells(VERSIONS)
-    assert [cell.title for cell in cells[:4]] == [cell.title for cell in cells[4:]]
-    assert len({cell.title for cell in cells[:4]}) == 4
+@pytest.mark.parametrize(
+    "change", ["seeds=[0, 0]", "architectures=[yolox-nano, yolox-nano]", "datasets=[sample-aerial, sample-aerial]"]
+)
+def test_a_cell_cannot_be_asked_for_twice(small: Path, change: str) -> None:
+    with pytest.raises(BadExperiment, match="every value must occur once"):
+        load_experiment(small, [change])
 
 
 def test_a_cell_is_resolved_in_full(small: Path) -> None:
