@@ -80,7 +80,9 @@ class Detector(Protocol):
     num_classes: int
     strides: tuple[int, ...]
 
-    def __call__(self, images: Tensor) -> Any: ...
+    def __call__(self, images: Tensor) -> Any:
+        """Raw predictions of a batch."""
+        ...
 
     def criterion(self, predictions: Any, targets: Targets, *, closing: bool = False) -> Losses:
         """Losses of one batch; `closing` is true in the last epochs, which see no mosaic."""

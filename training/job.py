@@ -6,6 +6,7 @@ Writes `result.json` last, when all that it names lies in the run folder.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ import ray
 from ray.train import WorkerGroupError
 
 from evaluation.result import ScoreResult
-from training.launch import build_trainer
+from training.checkpoint import newest_first
+from training.launch import NUM_CHECKPOINTS_KEPT, build_trainer
 from training.meter import ERROR_MARK, PROGRESS_MARK
 from training.records import RunResult, hash_files, read_attempt, write_result
 
@@ -24,6 +26,9 @@ def main(run_folder: Path, number: int) -> None:
     started = time.monotonic()
     ray.init(log_to_driver=True, configure_logging=False)
     attempt = read_attempt(run_folder, number)
+    # Ray writes its list of checkpoints in place, and refuses to start from one that a kill cut short.
+    # Nothing is lost: the workers find checkpoints by their manifests.
+    (run_folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     try:
         build_trainer(attempt, run_folder).fit()
     except WorkerGroupError as error:
@@ -48,6 +53,8 @@ def main(run_folder: Path, number: int) -> None:
         finished_ms=time.time_ns() // 1_000_000,
     )
     write_result(run_folder, result)
+    for folder in list(newest_first(run_folder))[NUM_CHECKPOINTS_KEPT:]:
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from chaos.processes import MARK, new_mark, wait_until
 from training.records import RESULT, JournalEntry, read_journal
 
 ROOT = Path(__file__).parents[2]
+NUM_EPOCHS = 6
 EXPERIMENT: dict[str, Any] = {
     "architectures": ["yolox-nano"],
     "datasets": ["sample-aerial"],
     "settings": {"yolox-nano": {"width": 0.125}},
-    "training": {"epochs": 3, "batch_size": 2, "input_size_px": 64, "warmup_epochs": 0.5, "closing_epochs": 1},
+    "training": {"epochs": NUM_EPOCHS, "batch_size": 2, "input_size_px": 64, "warmup_epochs": 0.5, "closing_epochs": 1},
     "compute": {"workers": 2},
 }
 RECIPE = {"image_size_px": 128, "num_images": {"train": 12, "val": 4, "test": 4}}
@@ -95,20 +96,27 @@ class Pipeline:
         folders = list((self.home / "runs").glob("*/journal"))
         return read_journal(folders[0].parent) if folders else []
 
-    def kill_after_epoch(self, run: FlowRun, epoch: int, timeout_s: float = 120) -> None:
-        """Kill `run` as soon as the journal has this epoch; raises when it ends or has a result before."""
+    def kill_after_report(self, run: FlowRun, *, of_last_epoch: bool = False, timeout_s: float = 120) -> None:
+        """Kill `run` as soon as it has reported an epoch itself; RuntimeError if it ends or has a result before."""
+        known = {(entry.attempt, entry.epoch) for entry in self.reports()}
 
         def is_due() -> bool:
             if run.process.poll() is not None:
-                raise RuntimeError(f"ended with {run.process.returncode} before epoch {epoch}:\n{run.output}")
-            return any(entry.epoch >= epoch for entry in self.journal())
+                raise RuntimeError(f"ended with {run.process.returncode} before its report:\n{run.output}")
+            new = [entry for entry in self.reports() if (entry.attempt, entry.epoch) not in known]
+            return any(entry.epoch == NUM_EPOCHS or not of_last_epoch for entry in new)
 
         try:
-            wait_until(is_due, timeout_s, f"epoch {epoch}")
+            wait_until(is_due, timeout_s, "a report")
         finally:
             run.kill()
         if (self.run_folder / RESULT).exists():
             raise RuntimeError(f"killed too late, the run has its result:\n{run.output}")
+
+    def reports(self) -> list[JournalEntry]:
+        """Every journal object, also of epochs that were done before."""
+        paths = (self.home / "runs").glob("*/journal/*.json")
+        return [JournalEntry.model_validate_json(path.read_bytes()) for path in sorted(paths)]
 
 
 def make_pipeline(folder: Path) -> Pipeline:

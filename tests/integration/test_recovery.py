@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from chaos.pipeline import FlowRun, Pipeline, make_pipeline
+from chaos.pipeline import NUM_EPOCHS, FlowRun, Pipeline, make_pipeline
 from chaos.processes import left_after
 from mlflow import MlflowClient
 
@@ -17,6 +17,7 @@ from training.records import RESULT, read_result
 
 ENDS_S = 30.0
 RUNS_S = 180.0
+EPOCHS = range(1, NUM_EPOCHS + 1)
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def finish(pipeline: Pipeline) -> FlowRun:
     assert left == [], "processes that outlived a finished run"
     result = read_result(pipeline.run_folder)
     assert result is not None
-    assert [entry.epoch for entry in pipeline.journal()] == [1, 2, 3]
+    assert [entry.epoch for entry in pipeline.journal()] == list(EPOCHS)
+    assert len(list(newest_first(pipeline.run_folder))) <= 2
     assert not list(pipeline.run_folder.glob("*partial*"))
     assert_logged_once(pipeline, result.run_key)
     return run
@@ -48,14 +50,14 @@ def assert_logged_once(pipeline: Pipeline, run_key: str) -> None:
     assert run.info.status == "FINISHED"
     for name in ("train/loss", "train/learning_rate"):
         steps = Counter(metric.step for metric in client.get_metric_history(run.info.run_id, name))
-        assert steps == {6: 1, 12: 1, 18: 1}, name
+        assert steps == {6 * epoch: 1 for epoch in EPOCHS}, name
 
 
-def kill_after_epoch(pipeline: Pipeline, epoch: int) -> tuple[FlowRun, list[str]]:
-    """Kill a run when an epoch is in the journal; returns the processes that outlived it, now dead, too."""
+def killed(pipeline: Pipeline, *, of_last_epoch: bool = False) -> tuple[FlowRun, list[str]]:
+    """A run killed after a report; with it the processes that outlived it, now dead, too."""
     run = pipeline.start()
     try:
-        pipeline.kill_after_epoch(run, epoch)
+        pipeline.kill_after_report(run, of_last_epoch=of_last_epoch)
     finally:
         run.process.kill()
         left = left_after(run.mark, ENDS_S)
@@ -68,28 +70,30 @@ def cut_short(path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_three_kills_cost_the_work_in_flight_and_nothing_else(pipeline: Pipeline) -> None:
-    # During an epoch: the first one is reported, the second one runs.
-    _, left_by_first = kill_after_epoch(pipeline, 1)
+    # During an epoch: one is reported, the next one runs.
+    _, left_by_first = killed(pipeline)
 
     # While a checkpoint is written. Ray writes neither it nor its own list of checkpoints in one go.
-    _, left_by_second = kill_after_epoch(pipeline, 2)
+    _, left_by_second = killed(pipeline)
     newest, before, *_ = newest_first(pipeline.run_folder)
+    redone = verify_checkpoint(newest).epoch
+    assert verify_checkpoint(before).epoch == redone - 1
+    first_reports = pipeline.journal()
     (newest / MANIFEST).unlink()
     cut_short(newest / "model.safetensors")
     cut_short(pipeline.run_folder / "checkpoint_manager_snapshot.json")
-    assert verify_checkpoint(before).epoch == 1
-    second = pipeline.journal()[1]
 
-    # Between the last epoch and the result. The second epoch is done again, its first report stays.
-    run, left_by_third = kill_after_epoch(pipeline, 3)
+    # Between the last epoch and the result. One epoch is done again, its first report stays.
+    run, left_by_third = killed(pipeline, of_last_epoch=True)
     assert f"skipping a checkpoint: {newest.name}" in run.output
     assert f"resuming from {before.name}" in run.output
-    assert pipeline.journal()[1] == second
+    assert pipeline.journal()[: len(first_reports)] == first_reports
+    assert [entry.attempt for entry in pipeline.reports() if entry.epoch == redone][1:] == [3]
     assert read_result(pipeline.run_folder) is None
 
     run = finish(pipeline)
-    assert "stopped after epoch 3 of 3" in run.output
-    assert "epoch 3/3" not in run.output, "nothing was left to train"
+    assert f"stopped after epoch {NUM_EPOCHS} of {NUM_EPOCHS}" in run.output
+    assert f"epoch {NUM_EPOCHS}/{NUM_EPOCHS}" not in run.output, "nothing was left to train"
     assert left_by_first + left_by_second + left_by_third == [], "processes that outlived a killed run"
 
     # And once more: nothing to do, said with its reason.
