@@ -42,7 +42,7 @@ audit: $(STAMP)  ## known vulnerabilities of the locked packages (needs a networ
 	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 ui: $(STAMP)  ## MLflow and Prefect pages over what the runs left
-	$(BIN)/python -m infra.ui --home .speck
+	$(BIN)/python -m infra.ui --home $${SPECK_HOME:-.speck}
 
 lock: $(STAMP)  ## rewrite requirements.lock from the environment
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock

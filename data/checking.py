@@ -26,7 +26,8 @@ def check(name: str, repo: Path) -> list[Problem]:
     folders += [prepared] if prepared.is_dir() else []
     problems = []
     if not raw.is_dir():
-        problems.append(Problem(raw, None, "the raw data is missing", f"Bring it back to {card.source}"))
+        place = raw.readlink() if raw.is_symlink() else card.source
+        problems.append(Problem(raw, None, "the raw data is missing", f"Bring it back to {place}"))
     for folder in folders:
         splits = read_coco(folder, card.classes)
         problems += [problem for content in splits.values() for problem in content.problems]

@@ -23,6 +23,10 @@ class DatasetExists(ValueError):
     """A dataset of that name is already registered."""
 
 
+class ImportRefused(ValueError):
+    """A folder that is not raw data in the format that was named."""
+
+
 def register(
     name: str,
     path: Path,
@@ -40,9 +44,9 @@ def register(
 
     Raises:
         DatasetExists: a card, raw data or line in params.yaml of that name is there.
-        FileNotFoundError: `path` lacks images/ or one of annotations/{train,val,test}.json.
+        ImportRefused: `path` is no folder, lacks images/ or one of annotations/{train,val,test}.json, or such a file
+            cannot be read, has no sound `categories`, or has others than the other splits.
         InvalidCard: the name or another value breaks a rule of the card.
-        ValueError: an annotation file has no sound `categories`, or they differ between the splits.
     """
     try:
         card = DatasetCard(
@@ -50,7 +54,7 @@ def register(
             description=description or f"Imported from {path.name}.",
             licence=licence,
             format=format,
-            source=str(path.resolve()),
+            source=f"data/raw/{name}",
             classes=_class_names(path),
             protocol=protocol,
             ignore_rule=ignore_rule,
@@ -75,17 +79,25 @@ def register(
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
+    if not path.is_dir():
+        raise ImportRefused(f"{str(path)!r}: raw data must be a folder, and there is none. Correct the path")
     missing = [file for file in (annotation_file(path, split) for split in SPLITS) if not file.is_file()]
     if not (path / IMAGES).is_dir():
         missing.append(path / IMAGES)
     if missing:
         names = ", ".join(str(file) for file in missing)
-        raise FileNotFoundError(
-            f"missing: {names}. A COCO folder holds images/ and annotations/{{train,val,test}}.json"
+        raise ImportRefused(
+            f"{str(path)!r}: a COCO folder holds images/ and annotations/{{train,val,test}}.json. Add what is missing: "
+            f"{names}"
         )
-    by_split = {split: read_class_names(annotation_file(path, split)) for split in SPLITS}
+    try:
+        by_split = {split: read_class_names(annotation_file(path, split)) for split in SPLITS}
+    except (OSError, ValueError) as error:
+        raise ImportRefused(str(error)) from error
     if len({frozenset(names) for names in by_split.values()}) > 1:
-        raise ValueError(f"{path}: the splits must have the same categories, found {by_split}. Correct the files")
+        raise ImportRefused(
+            f"{str(path)!r}: the splits must have the same categories, found {by_split}. Correct the files"
+        )
     return by_split["train"]
 
 

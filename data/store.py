@@ -38,9 +38,9 @@ class UnsupportedSource(StoreError):
 
 
 def default_root() -> Path:
-    """The node's store: SPECK_STORE, else `speck` in the user's cache folder."""
+    """The node's store, absolute: SPECK_STORE, which may begin with `~`, else `speck` in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("SPECK_STORE") or cache / "speck")
+    return Path(os.environ.get("SPECK_STORE") or cache / "speck").expanduser().absolute()
 
 
 def materialise(name: str, version: str, *, source: str, root: Path) -> Path:

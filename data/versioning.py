@@ -24,7 +24,7 @@ _LOCKED = ("unable to acquire lock", "is busy, it is being blocked by")
 
 
 class VersioningFailed(RuntimeError):
-    """DVC failed; the message ends with its own last lines."""
+    """DVC failed, and the message ends with its own last lines; or it lacks something, or dvc.lock is damaged."""
 
 
 class DvcLocked(VersioningFailed):
@@ -55,9 +55,10 @@ def version_dataset(name: str, repo: Path) -> DatasetVersion:
     Raises:
         UnknownDataset, InvalidCard: see `load_card`.
         DvcLocked: a DVC process that was not started here holds the lock.
-        VersioningFailed: DVC or the preparation failed.
+        VersioningFailed: `repo` is no git repository, dvc.lock is damaged, or DVC or the preparation failed.
     """
     load_card(name, repo / "data" / "catalog")
+    _require_git(repo)
     environment = os.environ | {
         "DVC_NO_ANALYTICS": "1",
         # The stage's `python` must be this interpreter.
@@ -65,6 +66,8 @@ def version_dataset(name: str, repo: Path) -> DatasetVersion:
     }
     command = [sys.executable, "-m", "dvc", "repro", stage_name(name)]
     with _one_writer(repo) as lock:
+        # A damaged dvc.lock is named before DVC stumbles over it.
+        current_version(name, repo)
         finished = subprocess.run(
             command, cwd=repo, env=environment, pass_fds=(lock,), capture_output=True, text=True, check=False
         )
@@ -78,27 +81,44 @@ def version_dataset(name: str, repo: Path) -> DatasetVersion:
 
 
 def current_version(name: str, repo: Path) -> DatasetVersion | None:
-    """Return the version that dvc.lock records, or None; nothing is run and no file is compared."""
+    """Return the version that dvc.lock records, or None; nothing is run and no file is compared.
+
+    Raises VersioningFailed when dvc.lock cannot be read as DVC writes it.
+    """
     path = repo / "dvc.lock"
     if not path.is_file():
         return None
-    entry = yaml.safe_load(path.read_text(encoding="utf-8")).get("stages", {}).get(stage_name(name))
-    if entry is None:
-        return None
-    (output,) = entry["outs"]
-    return DatasetVersion(
-        name=name,
-        version=output["md5"].removesuffix(".dir"),
-        num_files=output["nfiles"],
-        size_bytes=output["size"],
-        lock_entry=entry,
-        regenerated=False,
-    )
+    try:
+        entry = yaml.safe_load(path.read_text(encoding="utf-8")).get("stages", {}).get(stage_name(name))
+        if entry is None:
+            return None
+        (output,) = entry["outs"]
+        return DatasetVersion(
+            name=name,
+            version=output["md5"].removesuffix(".dir"),
+            num_files=output["nfiles"],
+            size_bytes=output["size"],
+            lock_entry=entry,
+            regenerated=False,
+        )
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise VersioningFailed(
+            f"{path}: must be as DVC wrote it, but is empty, conflicted or damaged. Restore it: `git checkout dvc.lock`"
+        ) from error
 
 
 def stage_name(name: str) -> str:
     """Return the address of the dataset's stage in dvc.yaml."""
     return f"prepare@{name}"
+
+
+def _require_git(repo: Path) -> None:
+    # DVC asks for a repository alone; the command `git` serves the user's own commits.
+    if not (repo / ".git").exists():
+        raise VersioningFailed(
+            f"{str(repo)!r}: DVC needs a git repository, and there is no .git in it. "
+            "Make one (install git first if the command is missing): `git init && git add -A && git commit -m start`"
+        )
 
 
 @contextmanager

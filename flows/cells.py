@@ -8,14 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock
+
 import models
-from flows.record import Recorder
+from evaluation.result import score_key
+from flows.evaluate import score_again
+from flows.record import Recorder, provenance
 from flows.settings import REPO, Settings
 from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.code import training_code_hash
 from training.jobs import CellFailed, Jobs, code_snapshot
 from training.meter import PROGRESS_MARK
-from training.records import RESULT, CorruptResult, RunResult, read_journal, read_result, record_attempt
+from training.records import (
+    RESULT,
+    CorruptResult,
+    RunResult,
+    read_attempt,
+    read_journal,
+    read_result,
+    record_attempt,
+)
+from training.scoring import score_options
 from training.spec import RunSpec
 
 RECORD_EVERY_S = 5.0
@@ -26,7 +39,7 @@ class PlannedCell:
     """A cell with what will happen to it, and why."""
 
     spec: RunSpec
-    state: Literal["cached", "resume", "train"]
+    state: Literal["cached", "score", "resume", "train"]
     why: str
     code_hash: str
 
@@ -49,6 +62,8 @@ def plan_cell(spec: RunSpec, settings: Settings) -> PlannedCell:
         result = read_result(run_folder)
     except CorruptResult as error:
         return PlannedCell(spec, "resume", f"its result is damaged: {error}", code_hash)
+    if result is not None and result.scores["test"].score_key != score_key("coco", score_options(spec)):
+        return PlannedCell(spec, "score", "trained, but scored under other options or by other code", code_hash)
     if result is not None:
         stale = "" if result.code_hash == code_hash else f", by other code ({result.code_hash}, now {code_hash})"
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(result.finished_ms / 1000))
@@ -67,15 +82,24 @@ def run_cell(
 ) -> CellOutcome:
     """Bring a cell to its result, and its MLflow run up to date with it.
 
+    Another flow on this machine that is at work on the same cell is waited for.
+
     Raises:
         CellFailed: the job ended without a result. What it had reached stays for the next attempt.
     """
     run_folder = settings.storage / cell.spec.run_key
-    wall_s = None if cell.state == "cached" else _train(cell, jobs(), settings, recorder, say)
-    result = read_result(run_folder)
-    if result is None:
-        raise CellFailed(f"{run_folder / RESULT} is missing although the Ray job succeeded; run again")
-    recorder.begin(cell.spec, result.code_hash)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(run_folder / ".lock"):
+        # What was planned may be done meanwhile.
+        cell = plan_cell(cell.spec, settings)
+        wall_s = _train(cell, jobs(), settings, recorder, say) if cell.state in {"train", "resume"} else None
+        result = read_result(run_folder)
+        if result is None:
+            raise CellFailed(f"{run_folder / RESULT} is missing although the Ray job succeeded; run again")
+        if cell.state == "score":
+            say(f"scoring again: {cell.why}")
+            result = score_again(result, cell.spec, settings)
+    recorder.begin(read_attempt(run_folder, result.attempts))
     recorder.finish(run_folder, result)
     seconds = {} if wall_s is None else _breakdown(run_folder, result, wall_s)
     return CellOutcome(result, recorder.run_id, reused=wall_s is None, seconds=seconds)
@@ -89,12 +113,15 @@ def _train(cell: PlannedCell, jobs: Jobs, settings: Settings, recorder: Recorder
     if submission_id is None:
         # A damaged result, or none: from here on the run counts as unfinished.
         (run_folder / RESULT).unlink(missing_ok=True)
-        attempt = record_attempt(run_folder, spec, data_source=settings.data_source, code_hash=cell.code_hash)
+        attempt = record_attempt(
+            run_folder, spec, data_source=settings.data_source, code_hash=cell.code_hash, provenance=provenance()
+        )
         with code_snapshot(REPO) as code:
             submission_id = jobs.submit(attempt, run_folder, code)
     else:
+        attempt = read_attempt(run_folder, int(submission_id.rpartition("-")[2]))
         say(f"attaching to Ray job {submission_id}")
-    recorder.begin(spec, cell.code_hash)
+    recorder.begin(attempt)
     try:
         _follow(jobs, submission_id, recorder, run_folder, say)
     except CellFailed:

@@ -120,7 +120,10 @@ def evaluate(
     if split not in {"val", "test"}:
         raise typer.BadParameter(f"{split!r} is no split to score on; use val or test", param_hint="--split")
     settings = Settings()
-    score = score_run(find_result(run, settings), settings, split=split)  # type: ignore[arg-type]
+    result = find_result(run, settings)
+    weights = settings.storage / result.run_key / "artifacts" / "weights.safetensors"
+    _, scored = score_run(result.spec, weights, settings, [split])  # type: ignore[list-item]
+    (score,) = (found.result for found in scored.values())
     if as_json:
         print_json(score.model_dump(mode="json"))
         return
@@ -178,7 +181,9 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 def is_expected(error: Exception) -> bool:
-    """True for errors that are an answer to the user, not a fault of ours: those that our own packages define."""
+    """True for errors that are an answer to the user, not a fault of ours: our own, and those of files and disks."""
+    if isinstance(error, OSError):
+        return True
     ours = {"flows", "models", "data", "training", "evaluation", "tracking", "infra"}
     return type(error).__module__.partition(".")[0] in ours
 
@@ -196,18 +201,18 @@ def _train(
     plain_terminal(sys.stderr if as_json else sys.stdout)
     settings = Settings()
     with prefect_api(settings.home):
-        from flows.train_all import CellsFailed, train_all
+        from flows.train_all import Unfinished, train_all
 
         try:
             report = train_all(
                 experiment=spec, changes=list(sets), architectures=list(architectures), datasets=list(datasets),
                 seeds=list(seeds),
             )  # fmt: skip
-        except CellsFailed as error:
+        except Unfinished as error:
             report = error.report
     _print_report(report, settings.storage, as_json)
-    if report.failed:
-        raise CellsFailed(report)
+    if report.failed or report.not_promoted:
+        raise Unfinished(report)
 
 
 def _print_report(report: Report, storage: Path, as_json: bool) -> None:
@@ -217,7 +222,9 @@ def _print_report(report: Report, storage: Path, as_json: bool) -> None:
     from flows.leaderboard import as_table
 
     if as_json:
-        print_json({"rows": leaderboard_json(report.rows), "seconds": report.seconds})
+        print_json(
+            {"rows": leaderboard_json(report.rows), "not_promoted": report.not_promoted, "seconds": report.seconds}
+        )
         return
     # Without a terminal rich would assume 80 columns and break names apart.
     Console(width=None if sys.stdout.isatty() else 160).print(as_table(report.rows))

@@ -1,14 +1,19 @@
-"""Score a finished run again, without training: another split, or a newer version of its dataset."""
+"""Score a finished run again, without training: another split, other rules, or a newer version of its dataset."""
 
 from __future__ import annotations
 
-from typing import Literal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
 
 from data.store import default_root, materialise
-from evaluation.result import ScoreResult
 from flows.settings import Settings
-from training.records import RunResult, read_result
-from training.scoring import score_split
+from training.records import RunResult, hash_files, read_result, write_result
+from training.scoring import Scored, Split, score_split, write_artifacts
+from training.spec import RunSpec
 from training.state import build_model
 from training.workers import Workers
 
@@ -37,22 +42,43 @@ def find_result(run_key: str, settings: Settings) -> RunResult:
 
 
 def score_run(
-    result: RunResult,
-    settings: Settings,
-    *,
-    split: Literal["val", "test"] = "test",
-    dataset_version: str | None = None,
-) -> ScoreResult:
-    """Score a run's weights on one split in this process."""
+    spec: RunSpec, weights: Path, settings: Settings, splits: Sequence[Split]
+) -> tuple[nn.Module, dict[Split, Scored]]:
+    """Score weights on the spec's dataset version under its scoring rules, in this process."""
     from safetensors.torch import load_file
 
-    spec = result.spec
-    if dataset_version is not None:
-        dataset = spec.dataset.model_copy(update={"version": dataset_version})
-        spec = spec.model_copy(update={"dataset": dataset})
-    folder = materialise(spec.dataset.name, spec.dataset.version, source=settings.data_source, root=default_root())
+    folder = dataset_folder(spec, settings)
+    workers = Workers.current(on_gpu=torch.cuda.is_available())
     model = build_model(spec)
-    model.load_state_dict(load_file(settings.storage / result.run_key / "artifacts" / "weights.safetensors"))
-    scored = score_split(spec, model, folder, split, Workers.current())
-    assert scored is not None
-    return scored.result.model_copy(update={"run_key": result.run_key})
+    model.load_state_dict(load_file(weights))
+    model.to(workers.device)
+    scored: dict[Split, Scored] = {}
+    for split in splits:
+        found = score_split(spec, model, folder, split, workers)
+        assert found is not None  # a group of one has rank 0
+        scored[split] = found
+    return model, scored
+
+
+def score_again(result: RunResult, spec: RunSpec, settings: Settings) -> RunResult:
+    """Score a finished run under the scoring rules of `spec`, and put the new scores in the place of the old."""
+    run_folder = settings.storage / result.run_key
+    started = time.monotonic()
+    model, scored = score_run(spec, run_folder / "artifacts" / "weights.safetensors", settings, ("val", "test"))
+    seconds = {**result.seconds, "score_test": time.monotonic() - started}
+    write_artifacts(spec, model.state_dict(), scored, seconds, dataset_folder(spec, settings), run_folder)
+    new = result.model_copy(
+        update={
+            "spec": spec,
+            "scores": {split: found.result for split, found in scored.items()},
+            "files": hash_files(run_folder, run_folder / "artifacts"),
+            "seconds": seconds,
+        }
+    )
+    write_result(run_folder, new)
+    return new
+
+
+def dataset_folder(spec: RunSpec, settings: Settings) -> Path:
+    """This node's copy of the spec's dataset version."""
+    return materialise(spec.dataset.name, spec.dataset.version, source=settings.data_source, root=default_root())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -38,7 +38,7 @@ class Experiment(BaseModel):
 
     architectures: tuple[str, ...] = Field(min_length=1)
     datasets: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     training: TrainingSpec = TrainingSpec()
     scoring: ScoringSpec = ScoringSpec()
@@ -102,7 +102,7 @@ def load_experiment(
     path = _find(spec)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadExperiment(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise BadExperiment(f"{path}: expected keys and values, found {type(content).__name__}")
@@ -117,6 +117,15 @@ def load_experiment(
         raise BadExperiment(f"{path.name}:\n" + "\n".join(readable_errors(error, Experiment))) from None
     _check_names(experiment)
     return experiment
+
+
+def check_batch(experiment: Experiment, dataset: str, num_train_images: int) -> None:
+    """Raise BadExperiment when a dataset's training split is smaller than one batch."""
+    if experiment.training.batch_size > num_train_images:
+        raise BadExperiment(
+            f"training.batch_size is {experiment.training.batch_size}, but {dataset} has {num_train_images} training "
+            "images; set a smaller batch"
+        )
 
 
 def _check_names(experiment: Experiment) -> None:

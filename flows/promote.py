@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.result import ScoreResult
+from evaluation.result import ScoreResult, code_hash, score_key
 from flows.cells import CellOutcome
 from flows.evaluate import score_run
 from flows.settings import REPO, Settings
 from tracking.packaging import package
 from tracking.promotion import Candidate, Verdict, decide
-from tracking.registry import Version, champion, history, promote, record_verdict, register
+from tracking.registry import CHAMPION, Version, download, history, promote, record_verdict, register
 from training.records import RunResult, read_result
+from training.spec import RunSpec
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,6 +34,10 @@ class Promotion:
     verdict: Verdict
 
 
+class NotRecorded(RuntimeError):
+    """A cell cannot be promoted because MLflow does not know it yet."""
+
+
 def select(outcomes: Sequence[CellOutcome]) -> CellOutcome:
     """The cell with the highest AP on the validation split; the test split is not looked at."""
     return max(outcomes, key=lambda outcome: outcome.result.scores["val"].metrics[METRIC] or 0.0)
@@ -41,19 +46,23 @@ def select(outcomes: Sequence[CellOutcome]) -> CellOutcome:
 def promote_best(client: MlflowClient, outcomes: Sequence[CellOutcome], settings: Settings) -> Promotion:
     """Register the cell selected on val, and make it champion if it beats the present one on the same test version.
 
-    A champion of another dataset version, or scored under other rules, is scored again on this one first.
+    A champion of another dataset version, or scored under other rules, is scored again under these first.
+
+    Raises:
+        NotRecorded: the cell has no MLflow run, because the store was lost on the way.
     """
     best = select(outcomes)
-    result, run_id = best.result, best.run_id
-    if run_id is None:
-        raise ValueError(f"run {result.run_key} has no MLflow run yet; run again when the tracking store is reachable")
+    result = best.result
+    if best.run_id is None:
+        raise NotRecorded(f"run {result.run_key} has no MLflow run yet; run again when the tracking store is reachable")
     name = result.spec.dataset.name
-    holder = champion(client, name)
-    registered = (known.version for known in history(client, name) if known.run_key == result.run_key)
-    version = next(registered, None) or _register(client, result, run_id, settings)
-    test = result.scores["test"]
-    verdict = decide(_candidate(test), _rescored(holder, test, settings) if holder is not None else None)
-    if holder is None or holder.run_key != result.run_key:
+    known = history(client, name)
+    holder = next((version for version in known if CHAMPION in version.aliases), None)
+    registered = next((version.version for version in known if version.run_key == result.run_key), None)
+    version = registered or _register(client, result, best.run_id, settings)
+    champion = _rescored(client, holder, result, settings) if holder is not None else None
+    verdict = decide(_candidate(result.scores["test"]), champion)
+    if registered is None or verdict.promote:
         record_verdict(client, name, version, promoted=verdict.promote, reason=verdict.reason)
     if verdict.promote:
         promote(client, name, version)
@@ -61,24 +70,39 @@ def promote_best(client: MlflowClient, outcomes: Sequence[CellOutcome], settings
 
 
 def _candidate(score: ScoreResult) -> Candidate:
-    # The score key stands for the protocol with all its options and the code that computes it.
+    # Input size, thresholds and precision belong to the model; what is counted, and by which code, to the protocol.
+    rules = f"max_dets={score.options.max_dets} ignore_rule={score.options.ignore_rule} code={code_hash()[:12]}"
     return Candidate(
         run_key=score.run_key,
         dataset_version=score.dataset_version,
-        protocol=f"{score.protocol} {score.score_key}",
+        protocol=f"{score.protocol} {rules}",
         metric=METRIC,
         score=score.metrics[METRIC],
     )
 
 
-def _rescored(holder: Version, test: ScoreResult, settings: Settings) -> Candidate:
-    result = read_result(settings.storage / holder.run_key)
-    if result is None:
-        return Candidate(holder.run_key, holder.dataset_version, "unknown", METRIC, holder.scores.get(f"test/{METRIC}"))
-    score = result.scores["test"]
-    if (score.dataset_version, score.score_key) != (test.dataset_version, test.score_key):
-        score = score_run(result, settings, split="test", dataset_version=test.dataset_version)
-    return _candidate(score)
+def _rescored(client: MlflowClient, holder: Version, challenger: RunResult, settings: Settings) -> Candidate:
+    """The champion as a candidate: its own score where that compares with the challenger's, else a new one."""
+    own = read_result(settings.storage / holder.run_key)
+    if own is not None and _comparable(own.scores["test"], challenger.scores["test"]):
+        return _candidate(own.scores["test"])
+    with tempfile.TemporaryDirectory(prefix="speck-champion-") as folder:
+        artifacts = settings.storage / holder.run_key / "artifacts"
+        if own is None:
+            artifacts = download(client, holder, ("spec.json", "weights.safetensors"), Path(folder))
+        spec = RunSpec.model_validate_json((artifacts / "spec.json").read_bytes())
+        scoring = spec.scoring.model_copy(update={"max_dets": challenger.spec.scoring.max_dets})
+        spec = spec.model_copy(update={"dataset": challenger.spec.dataset, "scoring": scoring})
+        _, scored = score_run(spec, artifacts / "weights.safetensors", settings, ("test",))
+    return replace(_candidate(scored["test"].result), run_key=holder.run_key)
+
+
+def _comparable(one: ScoreResult, other: ScoreResult) -> bool:
+    current = all(score.score_key == score_key(score.protocol, score.options) for score in (one, other))
+    return current and (one.dataset_version, _candidate(one).protocol) == (
+        other.dataset_version,
+        _candidate(other).protocol,
+    )
 
 
 def _register(client: MlflowClient, result: RunResult, run_id: str, settings: Settings) -> int:

@@ -15,7 +15,7 @@ from data.summary import summarise
 from flows.settings import REPO
 from tracking.client import connect
 from tracking.runs import DatasetRef, JournalEntry, ensure_run, finish, replay
-from training.records import RunResult, read_journal
+from training.records import Attempt, RunResult, read_journal
 from training.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class Recorder:
         self._lost = False
         self.run_id: str | None = None
 
-    def begin(self, spec: RunSpec, code_hash: str) -> None:
-        """Create or find the run of this cell."""
+    def begin(self, attempt: Attempt) -> None:
+        """Create or find the run of this cell; it tells of the attempt that trained it."""
+        spec = attempt.spec
 
         def create(client: MlflowClient) -> None:
             self.run_id = ensure_run(
@@ -44,15 +45,16 @@ class Recorder:
                 run_key=spec.run_key,
                 name=f"{spec.architecture.name}-s{spec.seed}-{spec.run_key[:6]}",
                 params=flat_params(spec),
-                tags={**provenance(), "speck.code_hash": code_hash, "architecture": spec.architecture.name,
-                      "dataset": spec.dataset.name, "dataset_version": spec.dataset.version},
+                tags={**attempt.provenance, "speck.code_hash": attempt.code_hash,
+                      "architecture": spec.architecture.name, "dataset": spec.dataset.name,
+                      "dataset_version": spec.dataset.version},
                 dataset=DatasetRef(
                     spec.dataset.name,
                     spec.dataset.version,
                     spec.dataset.card.source,
                     summarise(spec.dataset.name, REPO).num_images,
                 ),
-                start_time_ms=_now_ms(),
+                start_time_ms=attempt.submitted_ms,
                 parent_run_id=self._parent_run_id,
             )  # fmt: skip
 

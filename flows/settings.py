@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 REPO = Path(__file__).resolve().parent.parent
@@ -26,6 +26,17 @@ class Settings(BaseSettings):
     ray_jobs_url: str | None = None
     data_source: str = str(REPO / ".dvc" / "cache")
     mlflow_tracking_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        # Jobs run elsewhere: a relative path would mean another folder there.
+        return home.expanduser().absolute()
+
+    @field_validator("data_source", mode="after")
+    @classmethod
+    def _absolute_unless_url(cls, source: str) -> str:
+        return source if "://" in source else str(Path(source).expanduser().absolute())
 
     @property
     def storage(self) -> Path:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact
 
+from data.summary import summarise
 from data.versioning import DatasetVersion, version_dataset
 from flows.cells import CellOutcome, PlannedCell, plan_cell, run_cell
-from flows.experiment import Experiment, load_experiment
+from flows.experiment import Experiment, check_batch, load_experiment
 from flows.leaderboard import Row, as_markdown, make_rows
 from flows.promote import Promotion, promote_best
 from flows.record import Recorder
@@ -27,10 +28,11 @@ from training.spec import RunSpec
 
 @dataclass(frozen=True)
 class Report:
-    """What a `train-all` did: the leaderboard, what was promoted, and the wall-clock seconds of its parts."""
+    """What a `train-all` did: leaderboard, what was promoted, by dataset why not, and the seconds of its parts."""
 
     rows: list[Row]
     promotions: list[Promotion]
+    not_promoted: dict[str, str]
     seconds: dict[str, float]
 
     @property
@@ -39,13 +41,14 @@ class Report:
         return [row for row in self.rows if row.error is not None]
 
 
-class CellsFailed(RuntimeError):
-    """Some cells have no result; the others are done and stay done."""
+class Unfinished(RuntimeError):
+    """Some cells have no result, or a dataset's best cell could not be promoted; what is done stays done."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        names = "; ".join(f"{row.architecture} / {row.dataset} / seed {row.seed}: {row.error}" for row in report.failed)
-        super().__init__(f"{len(report.failed)} of {len(report.rows)} cells failed: {names}")
+        faults = [f"{row.architecture} / {row.dataset} / seed {row.seed}: {row.error}" for row in report.failed]
+        faults += [f"nothing promoted for {name}: {reason}" for name, reason in report.not_promoted.items()]
+        super().__init__(f"{len(report.failed)} of {len(report.rows)} cells failed. " + "; ".join(faults))
 
 
 @flow(name="train-all", validate_parameters=True)
@@ -69,8 +72,8 @@ def train_all(
         experiment, changes or (), architectures=architectures or (), datasets=datasets or (), seeds=seeds or ()
     )
     report = run_experiment(loaded, Settings())
-    if report.failed:
-        raise CellsFailed(report)
+    if report.failed or report.not_promoted:
+        raise Unfinished(report)
     return report
 
 
@@ -79,6 +82,8 @@ def run_experiment(experiment: Experiment, settings: Settings) -> Report:
     seconds: dict[str, float] = {}
     with _timed(seconds, "versions"):
         versions = {name: version_data(name) for name in experiment.datasets}
+    for name in experiment.datasets:
+        check_batch(experiment, name, summarise(name, REPO).num_images["train"])
     with _timed(seconds, "plan"):
         planned = plan(experiment.cells({name: found.version for name, found in versions.items()}), settings)
     parent_run_id = open_parent_run(settings)
@@ -88,8 +93,8 @@ def run_experiment(experiment: Experiment, settings: Settings) -> Report:
         for cell in planned:
             cells.append((cell, _outcome(cell, jobs, settings, parent_run_id)))
     with _timed(seconds, "promotion"):
-        promotions, champions = compare_and_promote(cells, settings)
-    report = Report(make_rows(cells, champions), promotions, seconds)
+        promotions, not_promoted, champions = compare_and_promote(cells, settings)
+    report = Report(make_rows(cells, champions), promotions, not_promoted, seconds)
     create_markdown_artifact(key="leaderboard", markdown=as_markdown(report.rows), description="All cells compared")
     return report
 
@@ -149,25 +154,33 @@ def train_cell(
 @task(name="compare-and-promote")
 def compare_and_promote(
     cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], settings: Settings
-) -> tuple[list[Promotion], set[str]]:
-    """Register the best cell of each dataset and let it challenge the champion. Returns the champions' run keys too."""
+) -> tuple[list[Promotion], dict[str, str], set[str]]:
+    """Register the best cell of each dataset and let it challenge the champion.
+
+    Returns the promotions, why there is none by dataset, and the champions' run keys.
+    """
     by_dataset: dict[str, list[CellOutcome]] = {}
     for cell, outcome in cells:
         if isinstance(outcome, CellOutcome):
             by_dataset.setdefault(cell.spec.dataset.name, []).append(outcome)
     promotions: list[Promotion] = []
+    failed: dict[str, str] = {}
     champions: set[str] = set()
-    try:
-        client = connect(settings.tracking_uri)
-        for name, outcomes in by_dataset.items():
+    for name, outcomes in by_dataset.items():
+        # A champion that cannot be read, or a store that is gone, must not cost the other datasets their promotion.
+        try:
+            client = connect(settings.tracking_uri)
             promotion = promote_best(client, outcomes, settings)
-            promotions.append(promotion)
-            moved = "promoted" if promotion.verdict.promote else "champion unchanged"
-            say(f"{name}: version {promotion.version}, {moved}: {promotion.verdict.reason}")
-            champions |= {holder.run_key for holder in [champion(client, name)] if holder is not None}
-    except TrackingUnavailable as error:
-        warn(f"nothing was promoted: {error}")
-    return promotions, champions
+            holder = champion(client, name)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            warn(f"nothing promoted for {name}: {failed[name]}")
+            continue
+        promotions.append(promotion)
+        moved = "promoted" if promotion.verdict.promote else "champion unchanged"
+        say(f"{name}: version {promotion.version}, {moved}: {promotion.verdict.reason}")
+        champions |= {holder.run_key} if holder is not None else set()
+    return promotions, failed, champions
 
 
 def _outcome(

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -51,10 +52,13 @@ class Server:
 
 
 def read_credentials(home: Path) -> Credentials:
-    """The credentials in `home/credentials.json`, generated at the first call; readable by the owner alone."""
+    """The credentials in `home/credentials.json`, generated at the first call; readable by the owner alone.
+
+    The file appears whole or not at all, and of two first calls at once both return the same.
+    """
     path = home / "credentials.json"
-    with suppress(FileNotFoundError):
-        return Credentials(**json.loads(path.read_text(encoding="utf-8")))
+    if path.exists():
+        return _stored(path)
     if (home / "mlflow-auth.db").exists():
         raise ServerFailed(
             f"{str(path)!r} is missing, but mlflow-auth.db still holds its password. Restore the file, "
@@ -62,9 +66,24 @@ def read_credentials(home: Path) -> Credentials:
         )
     made = Credentials("speck", secrets.token_urlsafe(24), secrets.token_urlsafe(24))
     home.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=home, prefix=".credentials-") as file:
         json.dump(asdict(made), file, indent=2)
-    return made
+        file.flush()
+        os.fsync(file.fileno())
+        # Unlike a rename, a link never replaces what another first call has put there.
+        with suppress(FileExistsError):
+            os.link(file.name, path)
+    return _stored(path)
+
+
+def _stored(path: Path) -> Credentials:
+    try:
+        return Credentials(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ServerFailed(
+            f"{str(path)!r} does not hold user, password and session_key. Restore it, or delete it (and "
+            "mlflow-auth.db with the MLflow users in it) to start with new credentials"
+        ) from None
 
 
 def free_port(preferred: int = 0) -> int:

@@ -133,6 +133,6 @@ def _unavailable(tracking_uri: str, error: Exception, status: int = 0) -> Tracki
         remedy = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user with write permission"
     else:
         rule = "the tracking store must be reachable and writable"
-        remedy = "Start the server or correct MLFLOW_TRACKING_URI, then run `speck sync`: the journal is kept"
+        remedy = "Start the server or correct MLFLOW_TRACKING_URI. The journal is kept; the flow's next run sends it"
     cause = redacted(str(error)).strip().splitlines() or [type(error).__name__]
     return TrackingUnavailable(f"{redacted(tracking_uri)!r}: {rule}. {remedy}. Cause: {cause[0][:300]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +137,14 @@ def promote(client: MlflowClient, model_name: str, version: int) -> None:
     if holder is not None:
         client.set_registered_model_alias(model_name, PREVIOUS, str(holder))
     client.set_registered_model_alias(model_name, CHAMPION, str(version))
+
+
+@speaks_to_store
+def download(client: MlflowClient, version: Version, names: Iterable[str], folder: Path) -> Path:
+    """Fetch artifacts of the version's run into `folder` and return it."""
+    for name in names:
+        client.download_artifacts(version.run_id, name, str(folder))
+    return folder
 
 
 def _ensure_model(client: MlflowClient, model_name: str) -> None:

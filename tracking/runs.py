@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracking.client import artifact_root, redacted, speaks_to_store
+from tracking.names import metric_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +30,7 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
+SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def ensure_run(
     """The id of the one run of `run_key`: found by its tag, restored if it was deleted, else created.
 
     A parameter cannot change once logged: a different later value is kept in the tag `speck.changed.<name>`.
+    Nor does a tag: who asks for a cached cell has not trained it.
     A cell may appear in many train-alls: each parent lists its cells in tags `speck.cell.<run key>`, and the
     cell's `mlflow.parentRunId` names the latest parent. A failed run goes back to RUNNING, a finished one does not.
     """
@@ -91,10 +96,9 @@ def ensure_run(
     wanted = {key: _fitting(value) for key, value in params.items()}
     changed = {f"speck.changed.{key}": v for key, v in wanted.items() if run.data.params.get(key, v) != v}
     parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+    missing = {key: value for key, value in {**tags, **changed}.items() if key not in run.data.tags}
     new_params = [Param(key, value) for key, value in wanted.items() if key not in run.data.params]
-    new_tags = [
-        RunTag(key, value) for key, value in {**tags, **parent, **changed}.items() if run.data.tags.get(key) != value
-    ]
+    new_tags = [RunTag(key, value) for key, value in {**missing, **parent}.items()]
     for start in range(0, max(len(new_params), len(new_tags)), PARAMS_PER_BATCH // 2):
         part = slice(start, start + PARAMS_PER_BATCH // 2)
         client.log_batch(run_id, params=new_params[part], tags=new_tags[part])
@@ -108,39 +112,39 @@ def ensure_run(
 def replay(client: MlflowClient, run_id: str, entries: Iterable[JournalEntry]) -> Replayed:
     """Sends what is missing of `entries` with their own timestamps; a second replay changes nothing.
 
-    Of several values of one metric at one step (an epoch redone after a crash) the earliest counts. An entry never
-    straddles two batches, and a batch is one transaction: one metric tells whether its whole entry is there.
+    What MLflow has of a metric at a step stays, whatever its value and time: the cell may have been trained again, or
+    by two people. Of several values of one metric at one step (an epoch redone after a crash) the earliest counts.
+    Names go through `metric_name`.
     """
     from mlflow.entities import Metric
 
-    known: dict[str, set[tuple[int, int]]] = {}
+    logged = client.get_run(run_id).data.metrics.keys()
+    known: dict[str, set[int]] = {}
     seen: set[tuple[str, int]] = set()
     batch: list[Any] = []
-    num_sent = num_present = num_repeated = 0
+    num_present = num_repeated = 0
     non_finite: list[str] = []
     for entry in sorted(entries, key=lambda entry: (entry.timestamp_ms, entry.step)):
-        fresh = {key: value for key, value in entry.metrics.items() if (key, entry.step) not in seen}
-        num_repeated += len(entry.metrics) - len(fresh)
-        seen.update((key, entry.step) for key in fresh)
-        finite = {key: float(value) for key, value in fresh.items() if math.isfinite(value)}
-        non_finite += sorted(fresh.keys() - finite.keys())
-        if not finite:
-            continue
-        probe = min(finite)
-        if probe not in known:
-            known[probe] = {(old.step, old.timestamp) for old in client.get_metric_history(run_id, probe)}
-        if (entry.step, entry.timestamp_ms) in known[probe] and len(finite) <= METRICS_PER_BATCH:
-            num_present += len(finite)
-            continue
-        if len(batch) + len(finite) > METRICS_PER_BATCH:
-            _send(client, run_id, batch)
-            batch = []
-        batch += [Metric(key, value, entry.timestamp_ms, entry.step) for key, value in finite.items()]
-        num_sent += len(finite)
+        for key, value in entry.metrics.items():
+            name = metric_name(key)
+            if (name, entry.step) in seen:
+                num_repeated += 1
+                continue
+            seen.add((name, entry.step))
+            if not math.isfinite(value):
+                non_finite.append(key)
+                continue
+            if name not in known:
+                history = client.get_metric_history(run_id, name) if name in logged else []
+                known[name] = {old.step for old in history}
+            if entry.step in known[name]:
+                num_present += 1
+            else:
+                batch.append(Metric(name, float(value), entry.timestamp_ms, entry.step))
     _send(client, run_id, batch)
     if non_finite:
         _note_non_finite(client, run_id, non_finite)
-    return Replayed(num_sent, num_present, len(non_finite), num_repeated)
+    return Replayed(len(batch), num_present, len(non_finite), num_repeated)
 
 
 @speaks_to_store
@@ -153,7 +157,7 @@ def finish(
     artifacts_dir: Path | None,
     end_time_ms: int,
 ) -> None:
-    """Logs `scores` at `end_time_ms`, uploads the files under `artifacts_dir` that are missing, sets the status.
+    """Logs new and changed `scores` at `end_time_ms`, uploads such files under `artifacts_dir`, sets the status.
 
     Raises ValueError for a score that is not finite, before anything is sent.
     """
@@ -162,9 +166,9 @@ def finish(
     for key, value in scores.items():
         if not math.isfinite(value):
             raise ValueError(f"score {key!r} is {value}: scores must be finite. Find out why before the run is closed")
-    if scores:
-        metrics = [Metric(key, float(value), end_time_ms, 0) for key, value in scores.items()]
-        client.log_batch(run_id, metrics=metrics)
+    logged = client.get_run(run_id).data.metrics
+    named = {metric_name(key): float(value) for key, value in scores.items()}
+    _send(client, run_id, [Metric(key, v, end_time_ms, 0) for key, v in named.items() if logged.get(key) != v])
     if artifacts_dir is not None:
         upload(client, run_id, artifacts_dir)
     client.set_terminated(run_id, status, end_time=end_time_ms)
@@ -174,17 +178,32 @@ def finish(
 def upload(client: MlflowClient, run_id: str, folder: Path, under: str = "") -> int:
     """Uploads every file of `folder` to the run's artifacts, below `under`; returns how many had to be sent.
 
-    A file that is there with the same size is taken to be the same.
+    What was sent is known by its size there and its line in the run's artifact `SHA256SUMS`, which is written last.
     """
     present = dict(_artifact_sizes(client, run_id, under or None))
+    sums = _read_sums(client, run_id)
     num_sent = 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         target = PurePosixPath(under) / path.relative_to(folder).as_posix()
-        if present.get(str(target)) != path.stat().st_size:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if (present.get(str(target)), sums.get(str(target))) != (path.stat().st_size, sha256):
             parent = str(target.parent)
             client.log_artifact(run_id, str(path), None if parent == "." else parent)
+            sums[str(target)] = sha256
             num_sent += 1
+    if num_sent:
+        client.log_text(run_id, "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items())), SUMS)
     return num_sent
+
+
+def _read_sums(client: MlflowClient, run_id: str) -> dict[str, str]:
+    """sha256 by path of the artifacts sent so far."""
+    if SUMS not in (file.path for file in client.list_artifacts(run_id)):
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(client.download_artifacts(run_id, SUMS, folder)).read_text(encoding="utf-8").splitlines()
+    return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
 
 
 def _artifact_sizes(client: MlflowClient, run_id: str, path: str | None) -> Iterator[tuple[str, int]]:

@@ -92,8 +92,17 @@ def load_checkpoint(folder: Path, groups: Iterable[str]) -> tuple[dict[str, dict
 
 
 def newest_first(run_folder: Path) -> Iterator[Path]:
-    """Checkpoint folders under a run, the newest name first (Ray's names sort by time)."""
-    yield from sorted((path for path in run_folder.glob("checkpoint_*") if path.is_dir()), reverse=True)
+    """Checkpoint folders under a run, the furthest step first; those without a readable manifest come last."""
+    folders = (path for path in run_folder.glob("checkpoint_*") if path.is_dir())
+    yield from sorted(folders, key=lambda folder: (_step(folder), folder.name), reverse=True)
+
+
+def _step(folder: Path) -> int:
+    # Not by name: Ray's names hold the local time, which another node or the end of summer time sets back.
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes()).step
+    except (OSError, ValueError):
+        return -1
 
 
 def file_sha256(path: Path) -> str:

@@ -54,7 +54,7 @@ def main(run_folder: Path, number: int) -> None:
     )
     write_result(run_folder, result)
     for folder in list(newest_first(run_folder))[NUM_CHECKPOINTS_KEPT:]:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

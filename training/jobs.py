@@ -12,8 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +37,14 @@ class CellFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Ray cluster: `address` for drivers, `jobs_url` of its job API."""
+    """A running Ray cluster: `address` for drivers, `jobs_url` of its job API.
+
+    `resources` (CPU, GPU) of a cluster that cannot grow; empty for one that may.
+    """
 
     address: str
     jobs_url: str
+    resources: dict[str, float] = field(default_factory=dict)
 
 
 def use_token(home: Path) -> None:
@@ -55,9 +59,11 @@ def use_token(home: Path) -> None:
     path = home / "ray_token"
     if not path.exists():
         home.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as stream:
+        # Linked into place whole: of two first starts one wins, and a kill leaves no empty token.
+        with tempfile.NamedTemporaryFile("w", dir=home, prefix=".ray_token-") as stream, suppress(FileExistsError):
             stream.write(secrets.token_hex(32))
+            stream.flush()
+            os.link(stream.name, path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
 
@@ -73,8 +79,9 @@ def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Clu
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     import ray
 
-    with _agent_at_any_port():
+    with _agent_at_any_port(), _without_secrets():
         context = ray.init(
+            "local",
             num_cpus=num_cpus,
             include_dashboard=True,
             dashboard_host="127.0.0.1",
@@ -84,9 +91,20 @@ def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Clu
             log_to_driver=False,
         )
     try:
-        yield Cluster(context.address_info["gcs_address"], f"http://{context.dashboard_url}")
+        resources = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
+        yield Cluster(context.address_info["gcs_address"], f"http://{context.dashboard_url}", resources)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """Hide the flow's credentials while the cluster starts: its processes inherit the environment, and need none."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(("MLFLOW_", "PREFECT_"))}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 @contextmanager
@@ -109,6 +127,7 @@ class Jobs:
         from ray.job_submission import JobSubmissionClient
 
         self._client = JobSubmissionClient(cluster.jobs_url)
+        self._resources = cluster.resources
         # Ray itself would look for any cluster on the machine, and may find another one.
         self._address = {} if cluster.address == "auto" else {"RAY_ADDRESS": cluster.address}
 
@@ -124,8 +143,16 @@ class Jobs:
         """Submit an attempt; the workers get their own copy of the code.
 
         Raises:
-            CellFailed: Ray did not accept the job.
+            CellFailed: the cluster is too small for the job, or did not accept it.
         """
+        compute = attempt.spec.compute
+        for kind, each in (("CPU", compute.cpus_per_worker), ("GPU", compute.gpus_per_worker)):
+            wanted, there = compute.workers * each, self._resources.get(kind)
+            if there is not None and wanted > there:
+                raise CellFailed(
+                    f"compute asks for {compute.workers} workers with {each:g} {kind} each, this machine has "
+                    f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower"
+                )
         environment = (
             self._address
             | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from training.records import Attempt, JournalEntry, split_finite, write_entry
+from training.records import Attempt, journal_entry, write_entry
 from training.worker import train_worker
 
 NUM_CHECKPOINTS_KEPT = 2
@@ -46,29 +45,12 @@ class JournalCallback(UserCallback):
 
     def __init__(self, run_folder: Path, attempt: Attempt) -> None:
         self.run_folder, self.attempt = run_folder, attempt
-        self.last = time.monotonic()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Keep what rank 0 reported at the end of an epoch."""
         del run_context, checkpoint
         try:
-            values = dict(metrics[0])
-            if "step" not in values:
-                return
-            step, epoch, timestamp_ms = (int(values.pop(name)) for name in ("step", "epoch", "timestamp_ms"))
-            finite, non_finite = split_finite(values)
-            seconds, self.last = time.monotonic() - self.last, time.monotonic()
-            entry = JournalEntry(
-                run_key=self.attempt.run_key,
-                attempt=self.attempt.number,
-                step=step,
-                epoch=epoch,
-                timestamp_ms=timestamp_ms,
-                seconds=seconds,
-                code_hash=self.attempt.code_hash,
-                metrics=finite,
-                non_finite=non_finite,
-            )
-            write_entry(self.run_folder, entry)
+            if "step" in metrics[0]:
+                write_entry(self.run_folder, journal_entry(self.attempt, metrics[0]))
         except Exception:
             traceback.print_exc()

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ class Diverged(RuntimeError):
 class Hooks:
     """What the surroundings do with news. All ranks call `report`; only rank 0 calls `progress`.
 
-    `report(metrics, step, epoch, save)`: `save(folder)` writes a checkpoint there.
+    `report(metrics, step, epoch, save)`: `save(folder, report)` writes a checkpoint there.
     """
 
-    report: Callable[[dict[str, float], int, int, Callable[[Path], object]], None]
+    report: Callable[[dict[str, float], int, int, Callable[..., object]], None]
     progress: Callable[[Progress], None] = field(default=lambda _: None)
 
 
@@ -84,7 +85,7 @@ def train(
                 scores = validation.result.metrics
                 metrics |= {f"val/{name}": value for name, value in scores.items() if value is not None}
             metrics["time/validate_s"] = time.monotonic() - validating
-        hooks.report(metrics, state.step, state.epoch, lambda folder: save(spec, state, folder))
+        hooks.report(metrics, state.step, state.epoch, partial(save, spec, state))
     if validated_epoch != state.epoch:
         validation = score_split(spec, state.average.module, dataset_folder, "val", workers)
     return state, validation

@@ -52,7 +52,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def weight_average(model: nn.Module, training: TrainingSpec) -> AveragedModel:
     """Exponential moving average of weights and buffers, whose decay rises from 0: decay * (1 - exp(-t / ramp))."""
-    return AveragedModel(model, multi_avg_fn=_ramped(training.ema_decay, training.ema_ramp_steps), use_buffers=True)
+    device = next(model.parameters()).device
+    return AveragedModel(
+        model, device=device, multi_avg_fn=_ramped(training.ema_decay, training.ema_ramp_steps), use_buffers=True
+    )
 
 
 def _ramped(decay: float, ramp_steps: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

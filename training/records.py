@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from evaluation.result import ScoreResult
 from training.checkpoint import file_sha256, write_json
@@ -41,7 +43,8 @@ class JournalEntry(BaseModel):
 class Attempt(BaseModel):
     """One submission of a run to Ray: what it was asked to do, by which code.
 
-    `data_source` is the DVC storage that nodes fetch the dataset version from.
+    `data_source` is the DVC storage that nodes fetch the dataset version from; `provenance` says which commit, who and
+    where, as tags of the MLflow run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +56,7 @@ class Attempt(BaseModel):
     data_source: str
     code_hash: str
     submitted_ms: int
+    provenance: dict[str, str] = Field(default_factory=dict)
 
     @property
     def submission_id(self) -> str:
@@ -60,7 +64,9 @@ class Attempt(BaseModel):
         return f"{self.run_key}-{self.number}"
 
 
-def record_attempt(run_folder: Path, spec: RunSpec, *, data_source: str, code_hash: str) -> Attempt:
+def record_attempt(
+    run_folder: Path, spec: RunSpec, *, data_source: str, code_hash: str, provenance: Mapping[str, str] | None = None
+) -> Attempt:
     """Write the next attempt's record into the run folder and return it."""
     number = len(list((run_folder / "attempts").glob("*.json"))) + 1
     attempt = Attempt(
@@ -70,6 +76,7 @@ def record_attempt(run_folder: Path, spec: RunSpec, *, data_source: str, code_ha
         data_source=data_source,
         code_hash=code_hash,
         submitted_ms=time.time_ns() // 1_000_000,
+        provenance=dict(provenance or {}),
     )
     path = attempt_path(run_folder, number)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +94,24 @@ def read_attempt(run_folder: Path, number: int) -> Attempt:
     return Attempt.model_validate_json(attempt_path(run_folder, number).read_bytes())
 
 
+def journal_entry(attempt: Attempt, report: Mapping[str, Any]) -> JournalEntry:
+    """The journal object of what rank 0 reported: metrics, with `step`, `epoch` and `timestamp_ms` among them."""
+    values = dict(report)
+    step, epoch, timestamp_ms = (int(values.pop(name)) for name in ("step", "epoch", "timestamp_ms"))
+    finite, non_finite = split_finite(values)
+    return JournalEntry(
+        run_key=attempt.run_key,
+        attempt=attempt.number,
+        step=step,
+        epoch=epoch,
+        timestamp_ms=timestamp_ms,
+        seconds=finite.get("time/train_s", 0.0) + finite.get("time/validate_s", 0.0),
+        code_hash=attempt.code_hash,
+        metrics=finite,
+        non_finite=non_finite,
+    )
+
+
 def write_entry(run_folder: Path, entry: JournalEntry) -> Path:
     """Write one journal object, atomically; one that is there stays, as it may be logged already."""
     path = run_folder / "journal" / f"{entry.attempt:03d}-{entry.step:09d}.json"
@@ -94,6 +119,17 @@ def write_entry(run_folder: Path, entry: JournalEntry) -> Path:
     if not path.exists():
         write_json(path, entry.model_dump(mode="json"))
     return path
+
+
+def complete_journal(run_folder: Path, attempt: Attempt, checkpoint: Path) -> None:
+    """Write the journal object of a checkpoint's epoch if it is missing.
+
+    The controller writes it a moment after the checkpoint is there: a kill in between would lose the epoch's numbers,
+    for training does not pass there again.
+    """
+    report = json.loads((checkpoint / "state.json").read_bytes())["report"]
+    if report and report["step"] not in {entry.step for entry in read_journal(run_folder)}:
+        write_entry(run_folder, journal_entry(attempt, report))
 
 
 def read_journal(run_folder: Path) -> list[JournalEntry]:

@@ -81,15 +81,20 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
         dataset_name=spec.dataset.name,
         dataset_version=spec.dataset.version,
         split=split,
-        options=ScoreOptions(
-            input_size_px=spec.training.input_size_px,
-            precision=spec.training.precision,  # type: ignore[arg-type]
-            ignore_rule=rule,
-            **scoring.model_dump(),
-        ),
+        options=score_options(spec),
         detection_counts=counts,
     )
     return Scored(result, curves, ground_truth, detections)
+
+
+def score_options(spec: RunSpec) -> ScoreOptions:
+    """How a run with this spec is scored; with the protocol and the evaluation code, what its score key is made of."""
+    return ScoreOptions(
+        input_size_px=spec.training.input_size_px,
+        precision=spec.training.precision,  # type: ignore[arg-type]
+        ignore_rule=spec.dataset.card.ignore_rule,
+        **spec.scoring.model_dump(),
+    )
 
 
 def write_artifacts(

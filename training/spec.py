@@ -75,7 +75,10 @@ class ScoringSpec(_Section):
 
 
 class ComputeSpec(_Section):
-    """Where a run happens. Changes speed, never the result, and so stays outside the run key."""
+    """Where a run happens: outside the run key.
+
+    The loss does not depend on it. Batch-norm statistics do, slightly: each worker normalises its own share.
+    """
 
     workers: int = Field(2, ge=1)
     cpus_per_worker: float = Field(1, gt=0)
@@ -105,7 +108,8 @@ class RunSpec(_Section):
     @property
     def run_key(self) -> str:
         """12 hex digits that depend on all that changes the result, and on nothing else."""
-        identity = self.model_dump(mode="json", exclude={"scoring", "compute"})
+        told = {"description", "licence", "source"}
+        identity = self.model_dump(mode="json", exclude={"scoring": True, "compute": True, "dataset": {"card": told}})
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
 
     @property

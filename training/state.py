@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -50,8 +51,8 @@ def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
     return TrainingState(model, weight_average(model, spec.training), build_optimizer(model, spec.training))
 
 
-def save(spec: RunSpec, state: TrainingState, folder: Path) -> None:
-    """Write a checkpoint of `state` to `folder`."""
+def save(spec: RunSpec, state: TrainingState, folder: Path, report: Mapping[str, float] | None = None) -> None:
+    """Write a checkpoint of `state` to `folder`, with the report that it was made for."""
     optimizer = state.optimizer.state_dict()
     tensors = {
         "model": state.model.state_dict(),
@@ -66,7 +67,7 @@ def save(spec: RunSpec, state: TrainingState, folder: Path) -> None:
     }
     description = {
         "spec": spec.model_dump(mode="json"), "step": state.step, "epoch": state.epoch,
-        "param_groups": optimizer["param_groups"],
+        "param_groups": optimizer["param_groups"], "report": dict(report or {}),
     }  # fmt: skip
     save_checkpoint(
         folder, run_key=spec.run_key, step=state.step, epoch=state.epoch, tensors=tensors, state=description

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.torch
 import torch
 
 from data.store import default_root, materialise
 from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.loop import Hooks, train
 from training.meter import PROGRESS_MARK, Progress
-from training.records import Attempt
+from training.records import Attempt, complete_journal, split_finite
 from training.scoring import score_split, write_artifacts
 from training.system import SystemMeter
 from training.workers import Workers
@@ -29,11 +30,16 @@ def train_worker(config: dict[str, Any]) -> None:
     started = time.monotonic()
     # One compute thread per CPU asked for: more only fight each other on a shared node.
     torch.set_num_threads(max(1, int(spec.compute.cpus_per_worker)))
-    workers = Workers.current()
+    on_gpu = spec.compute.gpus_per_worker > 0
+    if on_gpu:
+        torch.cuda.set_device(ray.train.torch.get_device())
+    workers = Workers.current(on_gpu=on_gpu)
     dataset_folder = materialise(
         spec.dataset.name, spec.dataset.version, source=attempt.data_source, root=default_root()
     )
     checkpoint = workers.broadcast(_newest_valid_checkpoint(run_folder) if workers.rank == 0 else None)
+    if checkpoint is not None and workers.rank == 0:
+        complete_journal(run_folder, attempt, checkpoint)
     _say(
         workers,
         f"data ready on {workers.world_size} workers after {time.monotonic() - started:.1f} s, "
@@ -63,14 +69,14 @@ def _newest_valid_checkpoint(run_folder: Path) -> Path | None:
     return None
 
 
-def _reporter(workers: Workers) -> Callable[[dict[str, float], int, int, Callable[[Path], object]], None]:
+def _reporter(workers: Workers) -> Callable[[dict[str, float], int, int, Callable[..., object]], None]:
     system = SystemMeter()
 
-    def report(metrics: dict[str, float], step: int, epoch: int, save: Callable[[Path], object]) -> None:
+    def report(metrics: dict[str, float], step: int, epoch: int, save: Callable[..., object]) -> None:
         stamped = metrics | system.read() | {"step": step, "epoch": epoch, "timestamp_ms": time.time_ns() // 1_000_000}
         with tempfile.TemporaryDirectory(prefix="speck-checkpoint-") as folder:
             if workers.rank == 0:
-                save(Path(folder))
+                save(Path(folder), split_finite(stamped)[0])
                 ray.train.report(stamped, checkpoint=ray.train.Checkpoint.from_directory(folder))
             else:
                 ray.train.report({})

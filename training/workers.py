@@ -19,11 +19,11 @@ class Workers:
     device: torch.device
 
     @classmethod
-    def current(cls) -> Workers:
-        """The group that torch.distributed was initialised with, or this process alone."""
+    def current(cls, *, on_gpu: bool = False) -> Workers:
+        """The group that torch.distributed was initialised with, or this process alone; on its GPU if asked for."""
         joined = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return cls(rank, world_size, device)
 
     def sum(self, values: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
-from chaos.processes import MARK, new_mark, wait_until
+from chaos.processes import MARK, marked, new_mark, wait_until
 
 from training.records import RESULT, JournalEntry, read_journal
 
@@ -49,9 +51,12 @@ class FlowRun:
         """Everything printed so far."""
         return "\n".join(self.lines)
 
-    def kill(self) -> None:
-        """SIGKILL to the flow's own process, as an out-of-memory killer would."""
+    def kill(self, *, with_descendants: bool = False) -> None:
+        """SIGKILL to the flow's own process, as an out-of-memory killer would, or to all, as a power cut would."""
         self.process.kill()
+        for descendant in marked(self.mark) if with_descendants else []:
+            with suppress(psutil.NoSuchProcess):
+                descendant.kill()
         self.process.wait()
 
     def wait(self, timeout_s: float) -> int:
@@ -97,7 +102,11 @@ class Pipeline:
         return read_journal(folders[0].parent) if folders else []
 
     def kill_after_report(self, run: FlowRun, *, of_last_epoch: bool = False, timeout_s: float = 120) -> None:
-        """Kill `run` as soon as it has reported an epoch itself; RuntimeError if it ends or has a result before."""
+        """Kill `run` as soon as it has reported an epoch itself, after the last one with all its descendants.
+
+        Raises:
+            RuntimeError: it ended before, or has a result.
+        """
         known = {(entry.attempt, entry.epoch) for entry in self.reports()}
 
         def is_due() -> bool:
@@ -109,7 +118,7 @@ class Pipeline:
         try:
             wait_until(is_due, timeout_s, "a report")
         finally:
-            run.kill()
+            run.kill(with_descendants=of_last_epoch)
         if (self.run_folder / RESULT).exists():
             raise RuntimeError(f"killed too late, the run has its result:\n{run.output}")
 

@@ -20,11 +20,11 @@ from training.records import Attempt, JournalEntry, RunResult
 from training.spec import RunSpec
 
 SHA256 = "0" * 64
-CARD = {
+CARD: dict[str, Any] = {
     "schema_version": 1, "name": "harbour", "description": "Boats.", "licence": "CC0-1.0", "format": "coco",
     "source": "elsewhere", "classes": ["boat", "buoy"], "protocol": "coco", "ignore_rule": "none",
 }  # fmt: skip
-SPEC = {
+SPEC: dict[str, Any] = {
     "schema_version": 1,
     "architecture": {
         "name": "yolox-nano",
@@ -52,7 +52,7 @@ SPEC = {
     },
     "seed": 0,
 }  # fmt: skip
-SCORE = {
+SCORE: dict[str, Any] = {
     "schema_version": 1, "run_key": "a" * 12, "score_key": "b" * 12, "protocol": "coco", "dataset_name": "harbour",
     "dataset_version": "0123456789abcdef0123456789abcdef", "split": "test",
     "options": SPEC["scoring"] | {"input_size_px": 320, "precision": "bf16", "ignore_rule": "none"},
@@ -71,7 +71,7 @@ RECORDS: dict[type[BaseModel], dict[str, Any]] = {
     },
     Attempt: {
         "schema_version": 1, "run_key": "a" * 12, "number": 1, "spec": SPEC, "data_source": "/data",
-        "code_hash": "c" * 12, "submitted_ms": 1789000000000,
+        "code_hash": "c" * 12, "submitted_ms": 1789000000000, "provenance": {"speck.host": "node"},
     },
     RunResult: {
         "schema_version": 1, "run_key": "a" * 12, "spec": SPEC,
@@ -104,6 +104,11 @@ def test_every_key_but_the_optional_ones_is_required_and_none_is_unknown(record:
         record.model_validate_json(json.dumps(content | {"surprise": 1}))
 
 
+def test_an_attempt_from_before_provenance_was_kept_is_read() -> None:
+    content = {name: value for name, value in RECORDS[Attempt].items() if name != "provenance"}
+    assert Attempt.model_validate_json(json.dumps(content)).provenance == {}
+
+
 @every_record
 @pytest.mark.parametrize("version", [0, 2, "1.0"])
 def test_another_schema_version_is_refused(record: type[BaseModel], version: Any) -> None:
@@ -119,9 +124,14 @@ def test_records_do_not_change(record: type[BaseModel]) -> None:
 
 
 def test_the_run_key_is_a_hash_of_what_decides_the_result() -> None:
-    """Canonical JSON: sorted keys, no spaces, without `scoring` and `compute`; users' folders are named by it."""
+    """Canonical JSON: sorted keys, no spaces, without `scoring`, `compute` and what a card tells people alone.
+
+    Users' folders are named by it.
+    """
     identity = {key: copy.deepcopy(value) for key, value in SPEC.items() if key not in {"scoring", "compute"}}
+    for told in ("description", "licence", "source"):
+        del identity["dataset"]["card"][told]
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     key = RunSpec.model_validate(SPEC).run_key
     assert key == hashlib.sha256(text.encode()).hexdigest()[:12]
-    assert key == "31bfb974ea9f"
+    assert key == "93942b977754"

@@ -12,7 +12,7 @@ from chaos.pipeline import NUM_EPOCHS, FlowRun, Pipeline, make_pipeline
 from chaos.processes import left_after
 from mlflow import MlflowClient
 
-from training.checkpoint import MANIFEST, newest_first, verify_checkpoint
+from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.records import RESULT, read_result
 
 ENDS_S = 30.0
@@ -64,6 +64,14 @@ def killed(pipeline: Pipeline, *, of_last_epoch: bool = False) -> tuple[FlowRun,
     return run, left
 
 
+def is_whole(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder)
+    except CorruptCheckpoint:
+        return False
+    return True
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -75,11 +83,10 @@ def test_three_kills_cost_the_work_in_flight_and_nothing_else(pipeline: Pipeline
 
     # While a checkpoint is written. Ray writes neither it nor its own list of checkpoints in one go.
     _, left_by_second = killed(pipeline)
-    newest, before, *_ = newest_first(pipeline.run_folder)
+    newest, before, *_ = [folder for folder in newest_first(pipeline.run_folder) if is_whole(folder)]
     redone = verify_checkpoint(newest).epoch
     assert verify_checkpoint(before).epoch == redone - 1
     first_reports = pipeline.journal()
-    (newest / MANIFEST).unlink()
     cut_short(newest / "model.safetensors")
     cut_short(pipeline.run_folder / "checkpoint_manager_snapshot.json")
 
@@ -111,7 +118,7 @@ def test_three_kills_cost_the_work_in_flight_and_nothing_else(pipeline: Pipeline
 def test_kills_at_random_moments(pipeline: Pipeline) -> None:
     """Each run is killed somewhere between its start and its end; whatever was hit, the last one finishes."""
     moment = random.Random(0)
-    for _ in range(12):
+    for _ in range(8):
         run = pipeline.start()
         time.sleep(moment.uniform(1, 50))
         run.kill()

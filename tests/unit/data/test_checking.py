@@ -45,7 +45,7 @@ def test_prepared_files_are_checked_too(coco_folder: Make, make_repo: Make) -> N
 
 def test_missing_raw_data(make_repo: Make, tmp_path: Path) -> None:
     (problem,) = check("tiny", make_repo(tmp_path / "gone"))
-    assert "the raw data is missing" in str(problem)
+    assert str(problem).endswith(f"the raw data is missing. Bring it back to {tmp_path / 'gone'}")
 
 
 def test_long_listings_show_errors_first_and_count_the_rest() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from data.card import InvalidCard, load_card
 from data.checking import check
-from data.importing import DatasetExists, register
+from data.importing import DatasetExists, ImportRefused, register
 from data.prepare import prepare
 
 Make = Callable[..., Path]
@@ -24,6 +24,8 @@ def test_registered_data_can_be_prepared(coco_folder: Make, make_repo: Make) -> 
     card = register("harbour", source, "coco", repo=repo, licence="CC-BY-4.0", ignore_rule="covered-half")
     assert load_card("harbour", repo / "data/catalog") == card
     assert (card.classes, card.licence, card.ignore_rule) == (("car", "boat"), "CC-BY-4.0", "covered-half")
+    assert card.source == "data/raw/harbour"
+    assert str(source) not in (repo / "data/catalog/harbour.yaml").read_text(), "a path of one machine"
     assert (repo / "data/raw/harbour").readlink() == source
     assert (repo / "params.yaml").read_text() == (
         "# which datasets\ndatasets:\n  - alpha # first\n  - harbour\n  - zulu\nother: 1\n"
@@ -72,8 +74,24 @@ def test_bad_names_and_licences(coco_folder: Make, make_repo: Make) -> None:
 def test_incomplete_folders_are_refused(coco_folder: Make, make_repo: Make) -> None:
     source, repo = coco_folder(), make_repo()
     (source / "annotations/val.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"missing: .*val\.json\. A COCO folder holds"):
+    with pytest.raises(ImportRefused, match=r"a COCO folder holds .* Add what is missing: .*val\.json"):
         register("harbour", source, "coco", repo=repo, licence="l")
+
+
+def test_a_missing_folder_is_refused(make_repo: Make, tmp_path: Path) -> None:
+    with pytest.raises(ImportRefused, match=r"absent': raw data must be a folder.* Correct the path"):
+        register("harbour", tmp_path / "absent", "coco", repo=make_repo(), licence="l")
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [("", "not JSON"), ("[]", "top level"), ('{"images": [], "annotations": []}', "'categories' must")],
+)
+def test_unsound_annotation_files_are_refused(coco_folder: Make, make_repo: Make, text: str, rule: str) -> None:
+    source = coco_folder()
+    (source / "annotations/val.json").write_text(text)
+    with pytest.raises(ImportRefused, match=rf"val\.json: error: .*{rule}"):
+        register("harbour", source, "coco", repo=make_repo(), licence="l")
 
 
 def test_splits_with_other_classes_are_refused(coco_folder: Make, make_repo: Make) -> None:
@@ -81,5 +99,5 @@ def test_splits_with_other_classes_are_refused(coco_folder: Make, make_repo: Mak
         if split == "test":
             document["categories"][0]["name"] = "ship"
 
-    with pytest.raises(ValueError, match="same categories"):
+    with pytest.raises(ImportRefused, match=r"same categories, found .*ship.* Correct"):
         register("harbour", coco_folder(spoil), "coco", repo=make_repo(), licence="l")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.store import MARKER, CorruptObject, MissingObject, UnsupportedSource, materialise
+from data.store import MARKER, CorruptObject, MissingObject, UnsupportedSource, default_root, materialise
 
 FILES = {"images/a.jpg": b"picture a", "images/sub/b.jpg": b"picture b", "annotations/train.json": b"{}", "empty": b""}
 
@@ -156,3 +156,17 @@ print(store.materialise("tiny", sys.argv[1], source=sys.argv[2], root=Path(sys.a
     assert [worker.returncode for worker in workers] == [0] * 4
     assert set(outputs) == {str(tmp_path / "node" / "tiny" / version)}
     assert (tmp_path / "log").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("~/store", "home/store"), ("store", "here/store"), ("", "home/.cache/speck")]
+)
+def test_the_store_does_not_depend_on_where_a_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SPECK_STORE", value)
+    assert default_root() == tmp_path / expected

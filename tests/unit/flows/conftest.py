@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import pytest
 
-from evaluation.result import ScoreOptions, ScoreResult
+from evaluation.result import ScoreResult, score_key
 from flows.settings import Settings
 from training.records import RunResult
+from training.scoring import score_options
 from training.spec import RunSpec
 
 
@@ -60,9 +61,9 @@ def make_result() -> Callable[..., RunResult]:
 
 
 def _score(spec: RunSpec, split: Literal["val", "test"], ap: float | None) -> ScoreResult:
-    options = ScoreOptions(input_size_px=64, precision="fp32", ignore_rule="none", **spec.scoring.model_dump())
+    options = score_options(spec)
     return ScoreResult(
-        run_key=spec.run_key, score_key="0123456789ab", protocol="coco", dataset_name=spec.dataset.name,
+        run_key=spec.run_key, score_key=score_key("coco", options), protocol="coco", dataset_name=spec.dataset.name,
         dataset_version=spec.dataset.version, split=split, options=options,
         metrics={"coco/AP": ap, "coco/AP50": None if ap is None else ap / 2 + 0.5, "coco/AP_small": None},
         per_class={"bright": {"AP": ap, "AR": 0.75}, "dark": {"AP": None}}, counts={"num_images": 8},

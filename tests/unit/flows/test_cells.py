@@ -13,7 +13,7 @@ from flows.record import Recorder
 from flows.settings import Settings
 from training.checkpoint import save_checkpoint
 from training.jobs import Jobs
-from training.records import RESULT, RunResult, hash_files, write_result
+from training.records import RESULT, RunResult, hash_files, record_attempt, write_result
 from training.spec import RunSpec
 
 
@@ -69,6 +69,14 @@ def test_a_whole_result_is_all_there_is_to_do(settings: Settings, spec: RunSpec,
     assert "other code" not in planned.why
 
 
+def test_other_scoring_rules_ask_for_a_score_and_no_training(
+    settings: Settings, spec: RunSpec, finished: RunResult
+) -> None:
+    other = spec.model_copy(update={"scoring": spec.scoring.model_copy(update={"nms_iou": 0.3})})
+    assert other.run_key == spec.run_key
+    assert plan_cell(other, settings).state == "score"
+
+
 def test_a_result_by_other_code_is_shown_as_such(
     settings: Settings, spec: RunSpec, run_folder: Path, finished: RunResult
 ) -> None:
@@ -109,6 +117,7 @@ def test_a_finished_cell_needs_no_cluster_and_no_tracking_store(
     def no_cluster() -> Jobs:
         raise AssertionError("a cluster was started for a finished cell")
 
+    record_attempt(settings.storage / spec.run_key, spec, data_source="", code_hash="c")
     settings.home.joinpath("mlflow.db").write_text("no database")
     warnings: list[str] = []
     recorder = Recorder(settings.tracking_uri, None, warnings.append)

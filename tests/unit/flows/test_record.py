@@ -9,7 +9,7 @@ import pytest
 
 import flows.record
 from flows.record import Recorder, flat_params, flat_scores, provenance
-from training.records import JournalEntry, RunResult, write_entry
+from training.records import Attempt, JournalEntry, RunResult, write_entry
 from training.spec import RunSpec
 
 
@@ -38,7 +38,7 @@ def test_a_store_that_is_not_there_costs_one_warning(
                      metrics={"train/loss": 1.0}),
     )  # fmt: skip
     recorder = Recorder(uri, None, warnings.append)
-    recorder.begin(spec, "c0de")
+    recorder.begin(Attempt(run_key=spec.run_key, number=1, spec=spec, data_source="", code_hash="c", submitted_ms=1))
     recorder.sync(tmp_path)
     recorder.finish(tmp_path, make_result(spec, 0.25, 0.5))
     recorder.fail(tmp_path)

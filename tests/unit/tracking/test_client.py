@@ -35,7 +35,7 @@ def test_a_refused_connection_is_reported_without_the_password(monkeypatch: pyte
         with pytest.raises(TrackingUnavailable) as caught:
             connect(f"http://user:secret@127.0.0.1:{unused.getsockname()[1]}")
     assert "secret" not in str(caught.value)
-    assert "speck sync" in str(caught.value)
+    assert "next run sends it" in str(caught.value)
     assert caught.value.__cause__ is None
 
 

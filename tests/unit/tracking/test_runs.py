@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tracking import runs
+from tracking.names import metric_name
 from tracking.runs import DatasetRef, JournalEntry, ensure_parent, ensure_run, finish, replay, upload
 
 DATASET = DatasetRef("dots", "0123456789abcdef0123456789abcdef.dir", "/srv/dots", {"train": 7, "val": 2, "test": 3})
@@ -79,6 +82,13 @@ def test_a_cell_has_its_latest_parent_and_every_parent_lists_it(client: Any) -> 
         assert client.get_run(parent).data.tags["speck.cell.shared"] == run_id
 
 
+def test_a_cached_cell_keeps_the_tags_of_the_code_that_trained_it(client: Any) -> None:
+    run_id = start(client, "kept", tags={"mlflow.source.git.commit": "a" * 40, "speck.host": "first"})
+    start(client, "kept", tags={"mlflow.source.git.commit": "b" * 40, "speck.host": "second", "late": "1"})
+    tags = client.get_run(run_id).data.tags
+    assert (tags["mlflow.source.git.commit"], tags["speck.host"], tags["late"]) == ("a" * 40, "first", "1")
+
+
 def test_many_long_and_changed_params_are_kept_visibly(client: Any) -> None:
     params = {f"p{i}": str(i) for i in range(130)}
     run_id = start(client, "params", params={**params, "long": "x" * 7_000})
@@ -123,13 +133,31 @@ def test_an_epoch_redone_after_a_crash_counts_once(client: Any) -> None:
     assert history == [(0, 1_000), (1, 1_001), (2, 1_002), (3, 1_003), (4, 9_001), (5, 9_002)]
 
 
-def test_an_entry_larger_than_a_batch_arrives_whole(client: Any) -> None:
+def test_a_cell_trained_again_adds_only_what_is_missing(client: Any) -> None:
+    """Another time at each step, one metric that the first training had not, and two steps more."""
+    run_id = start(client, "again")
+    first = epochs(4)
+    replay(client, run_id, first)
+    again = [
+        JournalEntry(entry.step, entry.epoch, entry.timestamp_ms, {**entry.metrics, "a/new": 1.0})
+        for entry in epochs(6, first_ms=50_000)
+    ]
+    counts = replay(client, run_id, again)
+    assert (counts.num_sent, counts.num_present) == (2 * 3 + 6, 4 * 3)
+    history = sorted((m.step, m.timestamp) for m in client.get_metric_history(run_id, "train/loss"))
+    assert history == [(step, 1_000 + step) for step in range(4)] + [(4, 50_004), (5, 50_005)]
+    assert len(client.get_metric_history(run_id, "a/new")) == 6
+    assert replay(client, run_id, first + again).num_sent == 0
+
+
+def test_an_entry_larger_than_a_batch_arrives_whole(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "METRICS_PER_BATCH", 20)
     run_id = start(client, "wide")
-    entry = JournalEntry(0, 0.0, 1_000, {f"m{i}": float(i) for i in range(1_500)})
+    entry = JournalEntry(0, 0.0, 1_000, {f"m{i}": float(i) for i in range(50)})
     replay(client, run_id, [entry])
     replay(client, run_id, [entry])
     assert client.get_run(run_id).data.metrics == entry.metrics
-    assert len(client.get_metric_history(run_id, "m1499")) == 1
+    assert len(client.get_metric_history(run_id, "m49")) == 1
 
 
 def test_values_that_are_not_finite_are_counted_and_named(client: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,6 +188,38 @@ def test_finishing_twice_uploads_once_and_keeps_times(client: Any, files: Path) 
     assert upload(client, run_id, files) == 1
     downloaded = Path(client.download_artifacts(run_id, "plots/curve.txt"))
     assert downloaded.read_text() == "0 1 2 3"
+
+
+def test_finishing_later_adds_changed_scores_only(client: Any) -> None:
+    run_id = start(client, "rescored")
+    for end_time_ms, changed in ((5_000, 0.25), (6_000, 0.5)):
+        scores = {"test/coco/AP": changed, "test/coco/AR": 0.75}
+        finish(client, run_id, "FINISHED", scores=scores, artifacts_dir=None, end_time_ms=end_time_ms)
+    assert client.get_run(run_id).data.metrics == {"test/coco/AP": 0.5, "test/coco/AR": 0.75}
+    assert len(client.get_metric_history(run_id, "test/coco/AR")) == 1
+
+
+def test_other_bytes_of_the_same_size_are_uploaded_again(client: Any, files: Path) -> None:
+    run_id = start(client, "same-size")
+    assert [upload(client, run_id, files), upload(client, run_id, files, "model")] == [2, 2]
+    (files / "plots" / "curve.txt").write_text("9 9 9")
+    assert [upload(client, run_id, files) for _ in range(2)] == [1, 0]
+    for path, expected in (("plots/curve.txt", "9 9 9"), ("model/plots/curve.txt", "0 1 2")):
+        assert Path(client.download_artifacts(run_id, path)).read_text() == expected
+    folder = Path(client.download_artifacts(run_id, ""))
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+
+
+def test_class_names_that_mlflow_refuses_are_logged_and_kept_apart(client: Any) -> None:
+    run_id = start(client, "class-names")
+    scores = {f"test/coco/AP/{label}": 0.5 for label in ("person (sitting)", "person [sitting]", "a&b", "car")}
+    replay(client, run_id, [JournalEntry(0, 0.0, 1_000, {"val/it's": 0.25})])
+    assert replay(client, run_id, [JournalEntry(0, 0.0, 2_000, {"val/it's": 0.25})]).num_present == 1
+    finish(client, run_id, "FINISHED", scores=scores, artifacts_dir=None, end_time_ms=5_000)
+    logged = client.get_run(run_id).data.metrics
+    assert len(logged) == 5
+    assert logged["test/coco/AP/car"] == 0.5
+    assert logged[metric_name("val/it's")] == 0.25
 
 
 def test_a_failed_run_runs_again_when_its_cell_is_retried(client: Any) -> None:

@@ -1,4 +1,4 @@
-"""One of two processes that train and score together: `python gloo_worker.py RANK WORLD_SIZE FOLDER`.
+"""One of two processes that train and score together: `python gloo_worker.py RANK FOLDER`.
 
 FOLDER/job.json names the specs and datasets; what this rank saw goes to FOLDER/rank_<R>.pt.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from models.interface import Losses
 from models.yolox import Yolox
@@ -32,8 +31,7 @@ def run_all(folder: Path, workers: Workers) -> dict[str, Any]:
     return {
         "first_step": first_step(specs["first_step"], datasets["same_pixels"], workers),
         "scored": scored(specs["scored"], datasets["tiny"], workers),
-        "trained": trained(specs["trained"], datasets["tiny"], workers),
-        "skipping": skipping(specs["trained"], datasets["tiny"], workers),
+        "trained": trained(specs["trained"], datasets["tiny"], workers) if workers.world_size > 1 else None,
     }
 
 
@@ -56,12 +54,6 @@ def scored(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any] | N
 
 
 def trained(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any]:
-    """Weights and their average after an epoch."""
-    state, _ = train(spec, dataset, workers, Hooks(lambda *_: None))
-    return {"weights": state.model.state_dict(), "average": state.average.state_dict()}
-
-
-def skipping(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any]:
     """An epoch in which the last rank alone meets a loss that is not finite, in its second step."""
     criterion, calls = Yolox.criterion, 0
 
@@ -74,23 +66,26 @@ def skipping(spec: RunSpec, dataset: Path, workers: Workers) -> dict[str, Any]:
 
     Yolox.criterion = spoilt  # type: ignore[method-assign]
     reports: list[dict[str, float]] = []
+    state, _ = train(spec, dataset, workers, Hooks(lambda metrics, *_: reports.append(metrics)))
+    return {
+        "metrics": reports[0], "steps": state.step,
+        "weights": state.model.state_dict(), "average": state.average.state_dict(),
+    }  # fmt: skip
+
+
+def join_and_run(rank: int, folder: Path) -> dict[str, Any]:
+    """Run as one of two."""
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", timedelta(seconds=60), rank=rank, world_size=2)
     try:
-        state, _ = train(spec, dataset, workers, Hooks(lambda metrics, *_: reports.append(metrics)))
+        return run_all(folder, Workers.current())
     finally:
-        Yolox.criterion = criterion  # type: ignore[method-assign]
-    parameters: dict[str, Tensor] = {name: value.detach() for name, value in state.model.named_parameters()}
-    return {"metrics": reports[0], "parameters": parameters, "steps": state.step}
+        dist.destroy_process_group()
 
 
 def main() -> None:
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", timedelta(seconds=60), rank=rank, world_size=world_size
-    )
-    seen = run_all(folder, Workers.current())
-    torch.save(seen, folder / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(join_and_run(rank, folder), folder / f"rank_{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -96,12 +96,19 @@ def test_a_changed_manifest_is_found(checkpoint: Path) -> None:
             verify_checkpoint(checkpoint)
 
 
-def test_the_newest_checkpoint_comes_first(tmp_path: Path) -> None:
-    names = ["checkpoint_2031-01-02_10-00-00.000009", "checkpoint_2031-01-02_09-59-59.999999", "checkpoint_2030-12-31"]
-    for name in (names[1], names[2], names[0], "artifacts", "journal"):
+def test_the_furthest_checkpoint_comes_first(tmp_path: Path) -> None:
+    """Whatever its name says: Ray's holds the local time. Without a manifest it comes last, but comes."""
+    steps = {"checkpoint_2031-10-26_02-59-59": 12, "checkpoint_2031-10-26_02-00-00": 18, "checkpoint_2031-10-25": 6}
+    for name, step in steps.items():
+        save_checkpoint(tmp_path / name, run_key="a" * 12, step=step, epoch=step // 6, tensors={}, state={})
+    (tmp_path / "checkpoint_2031-10-26_02-59-59" / MANIFEST).write_text("{")
+    for name in ("checkpoint_2031-10-27", "artifacts", "journal"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
-    assert [path.name for path in newest_first(tmp_path)] == names
+    assert [path.name for path in newest_first(tmp_path)] == [
+        "checkpoint_2031-10-26_02-00-00", "checkpoint_2031-10-25", "checkpoint_2031-10-27",
+        "checkpoint_2031-10-26_02-59-59",
+    ]  # fmt: skip
     assert list(newest_first(tmp_path / "missing")) == []
 
 

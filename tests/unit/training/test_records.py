@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import pytest
 
 from evaluation.result import ScoreOptions, ScoreResult
+from training.checkpoint import save_checkpoint
 from training.records import (
     RESULT,
     CorruptResult,
     JournalEntry,
     RunResult,
+    complete_journal,
     hash_files,
+    journal_entry,
     read_attempt,
     read_journal,
     read_result,
@@ -74,6 +78,23 @@ def test_what_an_interrupted_write_left_is_no_entry(tmp_path: Path) -> None:
     assert read_journal(tmp_path) == [entry(6)]
 
 
+def test_an_epoch_whose_entry_a_kill_prevented_is_taken_from_its_checkpoint(
+    tmp_path: Path, tiny_spec: Callable[..., RunSpec]
+) -> None:
+    attempt = record_attempt(tmp_path, tiny_spec(), data_source="", code_hash="c" * 12)
+    write_entry(tmp_path, entry(6))
+    checkpoint = tmp_path / "checkpoint_2"
+    checkpoint.mkdir()
+    report = {"train/loss": 0.5, "time/train_s": 3.0, "step": 12, "epoch": 2, "timestamp_ms": 77}
+    (checkpoint / "state.json").write_text(json.dumps({"report": report}))
+    for _ in range(2):
+        complete_journal(tmp_path, attempt, checkpoint)
+    first, second = read_journal(tmp_path)
+    assert first == entry(6)
+    assert (second.step, second.epoch, second.timestamp_ms, second.seconds) == (12, 2, 77, 3.0)
+    assert second.metrics == {"train/loss": 0.5, "time/train_s": 3.0}
+
+
 def test_an_unreadable_entry_costs_one_epoch_of_the_log_not_the_run(tmp_path: Path) -> None:
     """A machine that loses power may leave an empty file behind a rename."""
     write_entry(tmp_path, entry(6))
@@ -81,6 +102,42 @@ def test_an_unreadable_entry_costs_one_epoch_of_the_log_not_the_run(tmp_path: Pa
     write_entry(tmp_path, entry(18))
     with pytest.warns(UserWarning, match="001-000000012"):
         assert read_journal(tmp_path) == [entry(6), entry(18)]
+
+
+def test_a_report_becomes_an_entry(tmp_path: Path, tiny_spec: Callable[..., RunSpec]) -> None:
+    attempt = record_attempt(tmp_path, tiny_spec(), data_source="/data", code_hash="c" * 12)
+    report = {"step": 6.0, "epoch": 1.0, "timestamp_ms": 5.0, "train/loss": 2.5, "val/coco/AP": float("nan")}
+    report |= {"time/train_s": 1.5, "time/validate_s": 0.25}
+    made = journal_entry(attempt, report)
+    assert (made.run_key, made.attempt, made.step, made.epoch, made.timestamp_ms) == (attempt.run_key, 1, 6, 1, 5)
+    assert made.metrics == {"train/loss": 2.5, "time/train_s": 1.5, "time/validate_s": 0.25}
+    assert (made.seconds, made.non_finite) == (1.75, ("val/coco/AP",))
+    assert report["step"] == 6.0
+
+
+def test_an_epoch_whose_report_a_kill_lost_is_taken_from_its_checkpoint(
+    tmp_path: Path, tiny_spec: Callable[..., RunSpec]
+) -> None:
+    attempt = record_attempt(tmp_path, tiny_spec(), data_source="/data", code_hash="c" * 12)
+    report = {"step": 12.0, "epoch": 2.0, "timestamp_ms": 7.0, "train/loss": 2.5}
+    checkpoint = tmp_path / "checkpoint_2"
+    save_checkpoint(checkpoint, run_key=attempt.run_key, step=12, epoch=2, tensors={}, state={"report": report})
+    write_entry(tmp_path, entry(6))
+    for _ in range(2):
+        complete_journal(tmp_path, attempt, checkpoint)
+        assert read_journal(tmp_path) == [entry(6), journal_entry(attempt, report)]
+
+
+def test_a_report_that_is_in_the_journal_stays_as_it_is(tmp_path: Path, tiny_spec: Callable[..., RunSpec]) -> None:
+    record_attempt(tmp_path, tiny_spec(), data_source="/data", code_hash="c" * 12)
+    attempt = record_attempt(tmp_path, tiny_spec(), data_source="/data", code_hash="d" * 12)
+    report = {"step": 12.0, "epoch": 2.0, "timestamp_ms": 7.0, "train/loss": 9.5}
+    for state in ({"report": report}, {"report": {}}):
+        checkpoint = tmp_path / f"checkpoint_{len(state['report'])}"
+        save_checkpoint(checkpoint, run_key=attempt.run_key, step=12, epoch=2, tensors={}, state=state)
+        write_entry(tmp_path, entry(12))
+        complete_journal(tmp_path, attempt, checkpoint)
+    assert read_journal(tmp_path) == [entry(12)]
 
 
 def test_values_that_are_not_finite_are_set_apart_by_name() -> None:

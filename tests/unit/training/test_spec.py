@@ -83,6 +83,13 @@ def test_the_run_key_depends_on_data_architecture_and_seed(tiny_spec: MakeSpec) 
     assert all(len(key) == 12 and int(key, 16) >= 0 for key in keys)
 
 
+def test_what_a_card_tells_people_alone_stays_outside_the_run_key(tiny_spec: MakeSpec) -> None:
+    base = tiny_spec()
+    told = {"description": "other", "licence": "other", "source": "other"}
+    card = base.dataset.card.model_copy(update=told)
+    assert base.model_copy(update={"dataset": base.dataset.model_copy(update={"card": card})}).run_key == base.run_key
+
+
 @given(
     compute=st.builds(
         ComputeSpec,
