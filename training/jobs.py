@@ -75,6 +75,8 @@ def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Clu
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Nobody preempts one's own machine; watching for it costs a process at the start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray would let workers yield to everything else: on a shared machine training then takes twice as long.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # When this process is killed, its jobs' drivers would wait a minute for the cluster to come back.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     import ray

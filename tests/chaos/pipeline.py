@@ -101,8 +101,10 @@ class Pipeline:
         folders = list((self.home / "runs").glob("*/journal"))
         return read_journal(folders[0].parent) if folders else []
 
-    def kill_after_report(self, run: FlowRun, *, of_last_epoch: bool = False, timeout_s: float = 120) -> None:
-        """Kill `run` as soon as it has reported an epoch itself, after the last one with all its descendants.
+    def kill_after_report(
+        self, run: FlowRun, *, of_last_epoch: bool, with_descendants: bool, timeout_s: float = 120
+    ) -> None:
+        """Kill `run` as soon as it has reported an epoch itself, the last one if so asked.
 
         Raises:
             RuntimeError: it ended before, or has a result.
@@ -118,7 +120,7 @@ class Pipeline:
         try:
             wait_until(is_due, timeout_s, "a report")
         finally:
-            run.kill(with_descendants=of_last_epoch)
+            run.kill(with_descendants=with_descendants)
         if (self.run_folder / RESULT).exists():
             raise RuntimeError(f"killed too late, the run has its result:\n{run.output}")
 
