@@ -35,7 +35,7 @@ class Losses:
 
     The training loop adds the counts up over all ranks and divides once, so that the loss does not
     depend on how the global batch is spread. `sums` and `counts` have the same keys; every value is a
-    float32 scalar tensor; only `sums` carry gradients. `metrics` are detached scalars to be logged.
+    float32 scalar tensor; only `sums` carry gradients. `metrics` are detached scalars, logged as means over workers.
     """
 
     sums: Mapping[str, Tensor]

@@ -36,6 +36,10 @@ def main(run_folder: Path, number: int) -> None:
             lines = str(cause).strip().splitlines() or [repr(cause)]
             print(f"{PROGRESS_MARK} {ERROR_MARK} worker {rank}: {lines[-1]}", flush=True)
         raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        print(f"{PROGRESS_MARK} {ERROR_MARK} {type(error).__name__}: {lines[-1]}", flush=True)
+        raise
     artifacts = run_folder / "artifacts"
     seconds: dict[str, float] = json.loads((artifacts / "seconds.json").read_bytes())
     seconds["job"] = time.monotonic() - started

@@ -69,7 +69,11 @@ def use_token(home: Path) -> None:
 
 @contextmanager
 def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Cluster]:
-    """A cluster on loopback that lives as long as this block, and dies with this process even on SIGKILL."""
+    """A cluster on this machine that lives as long as this block, and dies with this process even on SIGKILL.
+
+    Its dashboard and job API listen on loopback. Ray's own daemons listen on all addresses whatever they are told;
+    they ask for the token.
+    """
     use_token(home)
     # The controller asks its workers for news this often, and every report waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")

@@ -111,7 +111,10 @@ def train_one_epoch(
         with torch.autocast(workers.device.type, torch.bfloat16, enabled=spec.training.precision == "bf16"):
             predictions = parallel(images)
         losses = state.detector.criterion(predictions, targets, closing=closing)
-        sums, counts = torch.stack(list(losses.sums.values())), torch.stack(list(losses.counts.values()))
+        sums, counts = (
+            torch.stack(list(losses.sums.values())),
+            torch.stack([losses.counts[term] for term in losses.sums]),
+        )
         # One small all-reduce carries the counts, and what goes into the log: a loss that is not finite on
         # one rank is then not finite on all, and all of them skip together.
         extra = torch.stack([*losses.metrics.values(), sums.new_zeros(())])

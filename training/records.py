@@ -127,7 +127,7 @@ def complete_journal(run_folder: Path, attempt: Attempt, checkpoint: Path) -> No
     The controller writes it a moment after the checkpoint is there: a kill in between would lose the epoch's numbers,
     for training does not pass there again.
     """
-    report = json.loads((checkpoint / "state.json").read_bytes())["report"]
+    report = json.loads((checkpoint / "state.json").read_bytes()).get("report")
     if report and report["step"] not in {entry.step for entry in read_journal(run_folder)}:
         write_entry(run_folder, journal_entry(attempt, report))
 

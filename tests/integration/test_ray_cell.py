@@ -1,8 +1,11 @@
-"""Real cells on a real embedded Ray cluster: one worker group after another on one cluster for the whole file."""
+"""Real cells on a real embedded Ray cluster, one for the whole file, beside another user's on the same machine."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -53,8 +56,37 @@ class Service:
             return self.jobs.submit(attempt, run_folder, code), run_folder
 
 
+NEIGHBOUR = """
+import sys
+from pathlib import Path
+from training.jobs import embedded_cluster
+with embedded_cluster(Path(sys.argv[1]), num_cpus=1):
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Another process's cluster, with a token of its own; it is killed in the end and must leave nothing."""
+    mark, home = new_mark(), tmp_path_factory.mktemp("neighbour")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {MARK: mark, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", NEIGHBOUR, str(home)], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            yield
+        finally:
+            process.kill()
+    assert left_after(mark, 30) == [], "processes that outlived a killed cluster"
+
+
+@pytest.fixture(scope="module")
+def service(neighbour: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home, mark = tmp_path_factory.mktemp("home of runs"), new_mark()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(MARK, mark)
