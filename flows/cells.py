@@ -143,7 +143,7 @@ def _follow(jobs: Jobs, submission_id: str, recorder: Recorder, run_folder: Path
             recorded = time.monotonic()
 
     try:
-        jobs.follow(submission_id, on_line)
+        jobs.follow(submission_id, on_line, finished=(run_folder / RESULT).is_file)
     finally:
         recorder.sync(run_folder)
 

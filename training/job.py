@@ -40,6 +40,8 @@ def main(run_folder: Path, number: int) -> None:
         lines = str(error).strip().splitlines() or [""]
         print(f"{PROGRESS_MARK} {ERROR_MARK} {type(error).__name__}: {lines[-1]}", flush=True)
         raise
+    for folder in list(newest_first(run_folder))[NUM_CHECKPOINTS_KEPT:]:
+        shutil.rmtree(folder, ignore_errors=True)
     artifacts = run_folder / "artifacts"
     seconds: dict[str, float] = json.loads((artifacts / "seconds.json").read_bytes())
     seconds["job"] = time.monotonic() - started
@@ -57,8 +59,6 @@ def main(run_folder: Path, number: int) -> None:
         finished_ms=time.time_ns() // 1_000_000,
     )
     write_result(run_folder, result)
-    for folder in list(newest_first(run_folder))[NUM_CHECKPOINTS_KEPT:]:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

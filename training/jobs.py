@@ -28,6 +28,7 @@ ALLOCATOR = (
     "glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
 )
 AGENT_PATIENCE_S = 60.0
+FINISH_POLL_S = 0.3
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -76,7 +77,7 @@ def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Clu
     """
     use_token(home)
     # The controller asks its workers for news this often, and every report waits for it.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Nobody preempts one's own machine; watching for it costs a process at the start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray would let workers yield to everything else: on a shared machine training then takes twice as long.
@@ -189,8 +190,12 @@ class Jobs:
             else:
                 return attempt.submission_id
 
-    def follow(self, submission_id: str, on_line: Callable[[str], None]) -> None:
-        """Pass on the job's output line by line until it ends.
+    def follow(
+        self, submission_id: str, on_line: Callable[[str], None], finished: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Pass on the job's output line by line until it ends, or until `finished` says that all it was for is done.
+
+        Ray notices the end of a job, and closes its log, seconds after the job wrote its result.
 
         Raises:
             CellFailed: it did not succeed; the message begins with what the workers named as the cause.
@@ -207,15 +212,22 @@ class Jobs:
                         causes.append(line.partition(ERROR_MARK)[2].strip())
                     on_line(line)
 
-        asyncio.run(stream())
+        async def read() -> None:
+            reading = asyncio.create_task(stream())
+            while not reading.done() and not finished():
+                await asyncio.wait([reading], timeout=FINISH_POLL_S)
+            if finished():
+                reading.cancel()
+            with suppress(asyncio.CancelledError):
+                await reading
+
+        asyncio.run(read())
+        if finished():
+            return
         status = self._client.get_job_status(submission_id)
         if str(status.value) != "SUCCEEDED":
             cause = "; ".join(causes) or self._client.get_job_info(submission_id).message.splitlines()[0]
             raise CellFailed(f"Ray job {submission_id} ended {status.value}: {cause}\n" + "\n".join(tail))
-
-    def stop(self, submission_id: str) -> None:
-        """Ask a job to stop; its checkpoints stay."""
-        self._client.stop_job(submission_id)
 
 
 @contextmanager
