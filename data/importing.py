@@ -1,13 +1,14 @@
-"""`register`: make a folder of raw data known: a card, a link `data/raw/<name>`, a line in params.yaml."""
+"""`register`: make a folder of raw data known: `data/raw/<name>` (a link or a copy), a card, a line in params.yaml."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 from filelock import FileLock
@@ -16,7 +17,14 @@ from ruamel.yaml import YAML
 
 from data.card import DatasetCard, InvalidCard, faults
 from data.coco import IMAGES, annotation_file, read_class_names
+from data.problems import listing
 from data.records import SPLITS
+from data.voc import class_names, read_voc
+
+Format = Literal["coco", "voc"]
+FORMATS: tuple[str, ...] = get_args(Format)
+# data/raw/.gitignore lets these in.
+_RESERVED = "sample-"
 
 
 class DatasetExists(ValueError):
@@ -30,24 +38,27 @@ class ImportRefused(ValueError):
 def register(
     name: str,
     path: Path,
-    format: Literal["coco"],
+    format: Format,
     *,
     repo: Path,
     licence: str,
+    copy: bool = False,
     description: str = "",
     protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] = "coco",
     ignore_rule: Literal["none", "covered-half"] = "none",
 ) -> DatasetCard:
-    """Register raw data where it lies and return its card; on failure nothing stays behind.
+    """Register raw data where it lies, or as a copy of our own, and return its card; a failure leaves nothing behind.
 
-    The classes are the categories of annotations/train.json by ascending id; val and test must have the same.
+    The classes are, in COCO, the categories of annotations/train.json by ascending id, and val and test must have the
+    same; in Pascal VOC, the sorted names of all objects of all splits.
 
     Raises:
         DatasetExists: a card, raw data or line in params.yaml of that name is there.
-        ImportRefused: `path` is no folder, lacks images/ or one of annotations/{train,val,test}.json, or such a file
-            cannot be read, has no sound `categories`, or has others than the other splits.
+        ImportRefused: `path` is no folder or holds this repository's raw data; it is no such COCO or VOC folder, or
+            its classes cannot be told for faults in it; or the name is one that git does not keep out.
         InvalidCard: the name or another value breaks a rule of the card.
     """
+    _refuse_places(name, path, repo)
     try:
         card = DatasetCard(
             name=name,
@@ -55,7 +66,7 @@ def register(
             licence=licence,
             format=format,
             source=f"data/raw/{name}",
-            classes=_class_names(path),
+            classes=_CLASS_NAMES[format](path),
             protocol=protocol,
             ignore_rule=ignore_rule,
         )
@@ -65,22 +76,39 @@ def register(
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / "speck-params.lock"), ExitStack() as undo:
         updated = _with_dataset(params, name)
-        card_file, link = repo / "data" / "catalog" / f"{name}.yaml", repo / "data" / "raw" / name
-        for taken in (card_file, link):
+        card_file, raw = repo / "data" / "catalog" / f"{name}.yaml", repo / "data" / "raw" / name
+        for taken in (card_file, raw):
             if os.path.lexists(taken):
                 raise DatasetExists(f"dataset {name!r}: {taken} exists. Choose another name or remove it first")
-        undo.callback(_remover(card_file))
+        undo.callback(_remove, raw)
+        if copy:
+            partial = raw.with_name(f".{name}.partial")
+            undo.callback(_remove, partial)
+            _remove(partial)
+            _copy_contents(path, partial)
+            partial.rename(raw)
+        else:
+            raw.symlink_to(path.resolve(), target_is_directory=True)
+        undo.callback(_remove, card_file)
         _write(card_file, yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
-        undo.callback(_remover(link))
-        link.symlink_to(path.resolve(), target_is_directory=True)
         _write(params, updated)
         undo.pop_all()
     return card
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
+def _refuse_places(name: str, path: Path, repo: Path) -> None:
     if not path.is_dir():
         raise ImportRefused(f"{str(path)!r}: raw data must be a folder, and there is none. Correct the path")
+    if (repo / "data" / "raw").resolve().is_relative_to(path.resolve()):
+        raise ImportRefused(f"{str(path)!r}: holds data/raw, which would hold itself. Name the dataset's own folder")
+    if name.startswith(_RESERVED):
+        raise ImportRefused(
+            f"dataset {name!r}: names in {_RESERVED}* are the repository's own samples, and git would take in your "
+            "data. Choose another name"
+        )
+
+
+def _coco_class_names(path: Path) -> tuple[str, ...]:
     missing = [file for file in (annotation_file(path, split) for split in SPLITS) if not file.is_file()]
     if not (path / IMAGES).is_dir():
         missing.append(path / IMAGES)
@@ -99,6 +127,20 @@ def _class_names(path: Path) -> tuple[str, ...]:
             f"{str(path)!r}: the splits must have the same categories, found {by_split}. Correct the files"
         )
     return by_split["train"]
+
+
+def _voc_class_names(path: Path) -> tuple[str, ...]:
+    names = class_names(path)
+    problems = [problem for content in read_voc(path, names).values() for problem in content.problems]
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise ImportRefused(f"{str(path)!r}: not sound Pascal VOC. Correct what is wrong:\n{listing(errors)}")
+    if not names:
+        raise ImportRefused(f"{str(path)!r}: no annotation file holds an object, so there is no class. Add labels")
+    return names
+
+
+_CLASS_NAMES: dict[Format, Callable[[Path], tuple[str, ...]]] = {"coco": _coco_class_names, "voc": _voc_class_names}
 
 
 def _with_dataset(params: Path, name: str) -> str:
@@ -125,5 +167,18 @@ def _write(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _remover(path: Path) -> Callable[[], None]:
-    return lambda: path.unlink(missing_ok=True)
+def _copy_contents(source: Path, target: Path) -> None:
+    """Copy files and what links lead to, but no modes: a copy of a read-only folder could not be removed."""
+    target.mkdir()
+    for entry in source.iterdir():
+        if entry.is_dir():
+            _copy_contents(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -17,9 +17,9 @@ from filelock import FileLock
 from data import coco
 from data.card import DatasetCard, InvalidCard, UnknownDataset, load_card
 from data.coco import ANNOTATIONS, IMAGES
-from data.images import image_problems
 from data.problems import InvalidDataset, listing
 from data.procedural import render_dataset
+from data.reading import read_raw
 from data.records import Split
 
 
@@ -46,25 +46,22 @@ def prepare(name: str, repo: Path) -> Path:
     return destination
 
 
-def _copy_coco(card: DatasetCard, raw: Path, images: Path) -> dict[str, Split]:
+def _copy(card: DatasetCard, raw: Path, images: Path) -> dict[str, Split]:
     """Copy the pictures byte for byte: a hard link would let DVC write-protect the owner's files."""
-    splits = coco.read_coco(raw, card.classes)
-    records = [record for content in splits.values() for record in content.images]
-    problems = [problem for content in splits.values() for problem in content.problems]
-    problems += image_problems(raw / IMAGES, records)
-    if any(problem.severity == "error" for problem in problems):
-        raise InvalidDataset(problems)
-    if problems:
-        print(listing(problems), file=sys.stderr)
-    for record in records:
+    found = read_raw(card.format, raw, card.classes)
+    if any(problem.severity == "error" for problem in found.problems):
+        raise InvalidDataset(found.problems)
+    if found.problems:
+        print(listing(found.problems), file=sys.stderr)
+    for record in (record for content in found.splits.values() for record in content.images):
         target = images / record.file_name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(raw / IMAGES / record.file_name, target)
-    return splits
+        shutil.copyfile(found.images / record.file_name, target)
+    return found.splits
 
 
 Writer = Callable[[DatasetCard, Path, Path], dict[str, Split]]
-_WRITERS: dict[str, Writer] = {"coco": _copy_coco, "procedural": render_dataset}
+_WRITERS: dict[str, Writer] = {"coco": _copy, "voc": _copy, "procedural": render_dataset}
 
 
 def _writer(card: DatasetCard) -> Writer:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from flows.output import JsonOption, print_json
+
+if TYPE_CHECKING:
+    from data.importing import Format
 
 data_app = typer.Typer(help="Datasets: import, check, list.", no_args_is_help=True)
 
@@ -16,17 +19,24 @@ data_app = typer.Typer(help="Datasets: import, check, list.", no_args_is_help=Tr
 @data_app.command("import")
 def import_command(
     name: str,
-    path: Annotated[Path, typer.Argument(help="Folder with images/ and annotations/{train,val,test}.json.")],
-    format: Annotated[str, typer.Option(help="Label format: coco.")] = "coco",
+    path: Annotated[Path, typer.Argument(help="Folder of pictures, labels and splits.")],
+    format: Annotated[str, typer.Option(help="Label format: coco or voc.")] = "coco",
     licence: Annotated[str, typer.Option(help="Licence of the images, kept with every model.")] = "unknown",
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the data into data/raw instead of linking it.")] = False,
 ) -> None:
-    """Register a dataset where it lies: a card in data/catalog, a link in data/raw, a line in params.yaml."""
-    from data.importing import register
+    """Register a dataset where it lies or as a copy: data/raw/NAME, a card in data/catalog, a line in params.yaml.
+
+    coco: images/, annotations/{train,val,test}.json. voc: Annotations/*.xml, JPEGImages/,
+    ImageSets/Main/{train,val,test}.txt, or annotations/*.xml, images/, splits/{train,val,test}.txt.
+    """
+    from data.card import did_you_mean
+    from data.importing import FORMATS, register
     from flows.settings import REPO
 
-    if format != "coco":
-        raise typer.BadParameter(f"{format!r} cannot be imported; known: coco", param_hint="--format")
-    card = register(name, path, "coco", repo=REPO, licence=licence)
+    if format not in FORMATS:
+        hint = did_you_mean(format, FORMATS)
+        raise typer.BadParameter(f"{format!r} is not known.{hint} Known: {', '.join(FORMATS)}", param_hint="--format")
+    card = register(name, path, cast("Format", format), repo=REPO, licence=licence, copy=copy)
     typer.echo(
         f"{card.name}: {len(card.classes)} classes ({', '.join(card.classes)}); check it: speck data check {name}"
     )

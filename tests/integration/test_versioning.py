@@ -105,6 +105,34 @@ def test_a_linked_folder_outside_is_followed(repo: Path, source: Path) -> None:
     assert second.version != first.version
 
 
+def test_pascal_voc_copied_in_is_versioned_and_kept_out_of_git(repo: Path, tmp_path: Path) -> None:
+    source = tmp_path / "plates"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (source / part).mkdir(parents=True)
+    for number, split in enumerate(("train", "val", "test")):
+        cv2.imwrite(str(source / f"JPEGImages/{split}.png"), np.full((20, 30, 3), number, np.uint8))
+        (source / f"ImageSets/Main/{split}.txt").write_text(split)
+        (source / f"Annotations/{split}.xml").write_text(
+            "<annotation><size><width>30</width><height>20</height></size><object><name>dent</name><bndbox>"
+            "<xmin>3</xmin><ymin>4</ymin><xmax>12</xmax><ymax>18</ymax></bndbox></object></annotation>"
+        )
+    shutil.copyfile(ROOT / "data/raw/.gitignore", repo / "data/raw/.gitignore")
+    register("plates", source, "voc", repo=repo, licence="CC0-1.0", copy=True)
+    shutil.rmtree(source)
+    first = version_dataset("plates", repo)
+    assert (first.regenerated, first.num_files) == (True, 6)
+    assert version_dataset("plates", repo).version == first.version
+    document = json.loads((repo / "data/processed/plates/annotations/val.json").read_bytes())
+    assert [row["bbox"] for row in document["annotations"]] == [[2, 3, 10, 15]]
+    shown = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=all", "data/raw", "data/catalog"],
+        cwd=repo, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "data/catalog/plates.yaml" in shown
+    assert "data/raw/sample-aerial/recipe.yaml" in shown
+    assert "data/raw/plates" not in shown
+
+
 def test_a_failed_preparation_shows_its_own_message(repo: Path, source: Path) -> None:
     register("harbour", source, "coco", repo=repo, licence="CC0-1.0")
     (source / "images/val.png").unlink()

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from data.checking import check
 from data.prepare import prepare
-from data.problems import MAX_SHOWN, Problem, listing
+from data.problems import MAX_SHOWN, InvalidDataset, Problem, listing
 from data.summary import DatasetSummary, summaries
 
 Make = Callable[..., Path]
@@ -41,6 +43,20 @@ def test_prepared_files_are_checked_too(coco_folder: Make, make_repo: Make) -> N
     (folder / "images/test/b.png").write_bytes(b"")
     (problem,) = check("tiny", repo)
     assert (problem.path, problem.severity) == (folder / "images/test/b.png", "error")
+
+
+def test_the_same_picture_under_two_names(coco_folder: Make, make_repo: Make) -> None:
+    """Between splits it is a leak and stops preparation; within one it is only said."""
+    source = coco_folder()
+    shutil.copyfile(source / "images/train/a.png", source / "images/train/b.png")
+    repo = make_repo(source)
+    (warning,) = check("tiny", repo)
+    assert (warning.severity, warning.path.name) == ("warning", "b.png")
+    assert warning.rule == "the same bytes as 'train/a.png', also in split 'train': one picture counts twice"
+    assert prepare("tiny", repo).is_dir()
+    shutil.copyfile(source / "images/train/a.png", source / "images/test/a.png")
+    with pytest.raises(InvalidDataset, match=r"leak: split 'test' holds the same bytes as 'train/a\.png' in 'train'"):
+        prepare("tiny", repo)
 
 
 def test_missing_raw_data(make_repo: Make, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ def _tree(repo: Path) -> dict[str, str]:
     return {str(path.relative_to(repo)): path.read_text() if path.is_file() else "" for path in paths}
 
 
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_registered_data_can_be_prepared(coco_folder: Make, make_repo: Make) -> None:
     repo, source = make_repo(), coco_folder()
     card = register("harbour", source, "coco", repo=repo, licence="CC-BY-4.0", ignore_rule="covered-half")
@@ -32,6 +37,79 @@ def test_registered_data_can_be_prepared(coco_folder: Make, make_repo: Make) -> 
     )
     assert prepare("harbour", repo).is_dir()
     assert check("harbour", repo) == []
+
+
+def test_a_copy_is_our_own(coco_folder: Make, make_repo: Make) -> None:
+    """Even of a read-only folder, of which one part is a link; it does not follow later changes of the source."""
+    repo, source = make_repo(), coco_folder()
+    (source / "images/val").rename(source.with_name("val"))
+    (source / "images/val").symlink_to(source.with_name("val"))
+    (source / "LICENCE").write_text("CC0")
+    (source / "LICENCE").chmod(0o444)
+    source.chmod(0o555)
+    register("harbour", source, "coco", repo=repo, licence="l", copy=True)
+    source.chmod(0o755)
+    raw = repo / "data/raw/harbour"
+    assert not any(path.is_symlink() for path in (raw, *raw.rglob("*")))
+    assert all(path.stat().st_mode & 0o200 for path in (raw, *raw.rglob("*")))
+    assert _bytes(raw) == _bytes(source) | {
+        f"images/val/{name}": data for name, data in _bytes(source / "images/val").items()
+    }
+    shutil.rmtree(source)
+    assert prepare("harbour", repo).is_dir()
+    assert check("harbour", repo) == []
+
+
+@pytest.mark.parametrize("failing", ["b.png", "harbour.yaml", "params.yaml"])
+def test_a_failed_copy_leaves_nothing_behind(
+    coco_folder: Make, make_repo: Make, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """The disk is full in the middle of the copy, or at one of the writes after it."""
+    repo, source = make_repo(), coco_folder()
+    before = _tree(repo)
+    copyfile, replace = shutil.copyfile, Path.replace
+
+    def full_copy(path: Path, target: Path) -> Path:
+        if path.name == failing:
+            target.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return copyfile(path, target)
+
+    def full_replace(path: Path, target: Path) -> Path:
+        if target.name == failing:
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full_copy)
+    monkeypatch.setattr(Path, "replace", full_replace)
+    with pytest.raises(OSError, match="No space left"):
+        register("harbour", source, "coco", repo=repo, licence="l", copy=True)
+    assert {key: text for key, text in _tree(repo).items() if not key.startswith(".dvc")} == before
+
+
+def test_what_a_killed_copy_left_is_replaced(coco_folder: Make, make_repo: Make) -> None:
+    repo, source = make_repo(), coco_folder()
+    leftover = repo / "data/raw/.harbour.partial/images"
+    leftover.mkdir(parents=True)
+    (leftover / "half.png").write_bytes(b"half")
+    register("harbour", source, "coco", repo=repo, licence="l", copy=True)
+    assert _bytes(repo / "data/raw") == {f"harbour/{name}": data for name, data in _bytes(source).items()}
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_folder_that_holds_the_repository_is_refused(coco_folder: Make, make_repo: Make, copy: bool) -> None:
+    repo, source = make_repo(), coco_folder()
+    for part in ("images", "annotations"):
+        (source / part).rename(repo.parent / part)
+    with pytest.raises(ImportRefused, match="holds data/raw, which would hold itself"):
+        register("harbour", repo.parent, "coco", repo=repo, licence="l", copy=copy)
+
+
+def test_names_that_git_would_take_in_are_refused(coco_folder: Make, make_repo: Make) -> None:
+    rules = (Path(__file__).parents[3] / "data/raw/.gitignore").read_text()
+    assert "!/sample-*" in rules
+    with pytest.raises(ImportRefused, match=r"'sample-harbour': names in sample-\* are .* Choose another name"):
+        register("sample-harbour", coco_folder(), "coco", repo=make_repo(), licence="l")
 
 
 @pytest.mark.parametrize("taken", ["data/catalog/harbour.yaml", "data/raw/harbour"])

@@ -35,9 +35,9 @@ def large_root(coco_folder: Make, make_repo: Make) -> Path:
             document["annotations"] += [box] if number < 28 else []
 
     source = coco_folder(add)
-    for split in ("train", "val", "test"):
+    for seed, split in enumerate(("train", "val", "test")):
         for number in range(20, 29):
-            image = np.random.default_rng(number).integers(0, 256, (40, 40 + number, 3), np.uint8)
+            image = np.random.default_rng((seed, number)).integers(0, 256, (40, 40 + number, 3), np.uint8)
             cv2.imwrite(str(source / f"images/{split}/{number}.png"), image)
     return prepare("tiny", make_repo(source))
 

@@ -186,5 +186,5 @@ def test_a_killed_runs_leftovers_are_replaced(coco_folder: Make, make_repo: Make
 
 
 def test_a_format_without_reader_is_refused(coco_folder: Make, make_repo: Make) -> None:
-    with pytest.raises(UnsupportedFormat, match="'voc' cannot be prepared yet"):
-        prepare("tiny", make_repo(coco_folder(), format="voc"))
+    with pytest.raises(UnsupportedFormat, match="'yolo' cannot be prepared yet"):
+        prepare("tiny", make_repo(coco_folder(), format="yolo"))
