@@ -1,52 +1,40 @@
-"""One cell of the matrix: what there is to do for it, doing it on the cluster, and recording it in MLflow."""
+"""One cell of the matrix: doing on the cluster what there is to do for it, and recording it in MLflow."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from filelock import FileLock
-
-import models
-from evaluation.result import score_key
 from flows.evaluate import score_again
+from flows.lease import Lease, lease
+from flows.plan import OnCodeChange, PlannedCell, plan_cell
 from flows.record import Recorder, provenance
 from flows.settings import REPO, Settings
-from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
-from training.code import training_code_hash
 from training.jobs import CellFailed, Jobs, code_snapshot
 from training.meter import PROGRESS_MARK
 from training.records import (
     RESULT,
-    CorruptResult,
+    JournalEntry,
     RunResult,
     read_attempt,
     read_journal,
     read_result,
     record_attempt,
+    supersede,
 )
-from training.scoring import score_options
-from training.spec import RunSpec
 
 RECORD_EVERY_S = 5.0
 
 
-@dataclass(frozen=True)
-class PlannedCell:
-    """A cell with what will happen to it, and why."""
-
-    spec: RunSpec
-    state: Literal["cached", "score", "resume", "train"]
-    why: str
-    code_hash: str
+class Cancelled(RuntimeError):
+    """The flow was asked to stop; what the cell had reached stays for the next run."""
 
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """A finished cell. `seconds` tells training, scoring and the rest apart; all zero when nothing was trained."""
+    """A finished cell. `seconds` tells training, scoring and the rest apart; empty when nothing was trained."""
 
     result: RunResult
     run_id: str | None
@@ -54,102 +42,129 @@ class CellOutcome:
     seconds: dict[str, float]
 
 
-def plan_cell(spec: RunSpec, settings: Settings) -> PlannedCell:
-    """Decide from what lies in storage whether a cell is done, half done or new."""
-    run_folder = settings.storage / spec.run_key
-    code_hash = training_code_hash(REPO, models.ARCHITECTURES[spec.architecture.name].build.__module__)
-    try:
-        result = read_result(run_folder)
-    except CorruptResult as error:
-        return PlannedCell(spec, "resume", f"its result is damaged: {error}", code_hash)
-    if result is not None and result.scores["test"].score_key != score_key("coco", score_options(spec)):
-        return PlannedCell(spec, "score", "trained, but scored under other options or by other code", code_hash)
-    if result is not None:
-        stale = "" if result.code_hash == code_hash else f", by other code ({result.code_hash}, now {code_hash})"
-        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(result.finished_ms / 1000))
-        return PlannedCell(spec, "cached", f"finished {day}{stale}", code_hash)
-    for folder in newest_first(run_folder):
+@dataclass(frozen=True)
+class CellRunner:
+    """What a cell needs from the flow around it. `stop` asks every cell to end early."""
+
+    jobs: Callable[[], Jobs]
+    settings: Settings
+    recorder: Recorder
+    say: Callable[[str], None]
+    stop: threading.Event
+    on_code_change: OnCodeChange = "warn"
+
+    def run(self, cell: PlannedCell) -> CellOutcome:
+        """Bring a cell to its result, and its MLflow run up to date with it.
+
+        Another flow that is at work on the same cell is waited for.
+
+        Raises:
+            CellFailed: the job ended without a result. What it had reached stays for the next attempt.
+            Cancelled: `stop` was set; the cell's job is stopped.
+            LeaseLost: another flow took the cell over.
+        """
+        spec, storage = cell.spec, self.settings.storage
+        run_folder = storage / spec.run_key
+        with lease(storage, spec.run_key, self.say, self._check_stop) as held:
+            # What was planned may be done meanwhile.
+            cell = plan_cell(spec, self.settings, self.on_code_change)
+            wall_s = self._train(cell, held) if cell.trains else None
+            result = read_result(run_folder)
+            if result is None:
+                raise CellFailed(f"{run_folder / RESULT} is missing although the Ray job succeeded; run again")
+            if cell.state == "score":
+                self.say(f"scoring again: {cell.why}")
+                result = score_again(result, spec, self.settings)
+            self.recorder.begin(read_attempt(run_folder, result.attempts), run_folder)
+            self.recorder.finish(run_folder, result)
+        seconds = {} if wall_s is None else _breakdown(read_journal(run_folder), result, wall_s)
+        return CellOutcome(result, self.recorder.run_id, reused=wall_s is None, seconds=seconds)
+
+    def _train(self, cell: PlannedCell, held: Lease) -> float:
+        """Follow the cell's Ray job to its end, a living one or a new one, and return how long that took."""
+        self._check_stop()
+        spec, jobs, started = cell.spec, self.jobs(), time.monotonic()
+        run_folder = self.settings.storage / spec.run_key
+        if cell.superseding:
+            self.say(f"the training by other code is kept in {supersede(run_folder)}")
+        run_folder.mkdir(parents=True, exist_ok=True)
+        submission_id = jobs.living(spec.run_key)
+        if submission_id is None:
+            # A damaged result, or none: from here on the run counts as unfinished.
+            (run_folder / RESULT).unlink(missing_ok=True)
+            attempt = record_attempt(
+                run_folder,
+                spec,
+                data_source=self.settings.data_source,
+                code_hash=cell.code_hash,
+                provenance=provenance(),
+            )
+            with code_snapshot(REPO) as code:
+                submission_id = jobs.submit(attempt, run_folder, code)
+        else:
+            attempt = read_attempt(run_folder, int(submission_id.rpartition("-")[2]))
+            self.say(f"attaching to Ray job {submission_id}")
+        self.recorder.begin(attempt, run_folder)
         try:
-            manifest = verify_checkpoint(folder)
-        except CorruptCheckpoint:
-            continue
-        return PlannedCell(spec, "resume", f"stopped after epoch {manifest.epoch} of {spec.training.epochs}", code_hash)
-    return PlannedCell(spec, "train", "nothing was trained with this configuration and data", code_hash)
+            self._follow(jobs, submission_id, cell, held)
+        except CellFailed:
+            self.recorder.end(run_folder, "FAILED")
+            raise
+        except Cancelled:
+            self.recorder.end(run_folder, "KILLED")
+            raise
+        return time.monotonic() - started
 
+    def _follow(self, jobs: Jobs, submission_id: str, cell: PlannedCell, held: Lease) -> None:
+        run_folder = self.settings.storage / cell.spec.run_key
+        told = {entry.step for entry in read_journal(run_folder)}
+        recorded = time.monotonic()
 
-def run_cell(
-    cell: PlannedCell, jobs: Callable[[], Jobs], settings: Settings, recorder: Recorder, say: Callable[[str], None]
-) -> CellOutcome:
-    """Bring a cell to its result, and its MLflow run up to date with it.
-
-    Another flow on this machine that is at work on the same cell is waited for.
-
-    Raises:
-        CellFailed: the job ended without a result. What it had reached stays for the next attempt.
-    """
-    run_folder = settings.storage / cell.spec.run_key
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(run_folder / ".lock"):
-        # What was planned may be done meanwhile.
-        cell = plan_cell(cell.spec, settings)
-        wall_s = _train(cell, jobs(), settings, recorder, say) if cell.state in {"train", "resume"} else None
-        result = read_result(run_folder)
-        if result is None:
-            raise CellFailed(f"{run_folder / RESULT} is missing although the Ray job succeeded; run again")
-        if cell.state == "score":
-            say(f"scoring again: {cell.why}")
-            result = score_again(result, cell.spec, settings)
-    recorder.begin(read_attempt(run_folder, result.attempts))
-    recorder.finish(run_folder, result)
-    seconds = {} if wall_s is None else _breakdown(run_folder, result, wall_s)
-    return CellOutcome(result, recorder.run_id, reused=wall_s is None, seconds=seconds)
-
-
-def _train(cell: PlannedCell, jobs: Jobs, settings: Settings, recorder: Recorder, say: Callable[[str], None]) -> float:
-    """Follow the cell's Ray job to its end, a living one or a new one, and return how long that took."""
-    spec, run_folder = cell.spec, settings.storage / cell.spec.run_key
-    started = time.monotonic()
-    submission_id = jobs.living(spec.run_key)
-    if submission_id is None:
-        # A damaged result, or none: from here on the run counts as unfinished.
-        (run_folder / RESULT).unlink(missing_ok=True)
-        attempt = record_attempt(
-            run_folder, spec, data_source=settings.data_source, code_hash=cell.code_hash, provenance=provenance()
-        )
-        with code_snapshot(REPO) as code:
-            submission_id = jobs.submit(attempt, run_folder, code)
-    else:
-        attempt = read_attempt(run_folder, int(submission_id.rpartition("-")[2]))
-        say(f"attaching to Ray job {submission_id}")
-    recorder.begin(attempt)
-    try:
-        _follow(jobs, submission_id, recorder, run_folder, say)
-    except CellFailed:
-        recorder.fail(run_folder)
-        raise
-    return time.monotonic() - started
-
-
-def _follow(jobs: Jobs, submission_id: str, recorder: Recorder, run_folder: Path, say: Callable[[str], None]) -> None:
-    recorded = time.monotonic()
-
-    def on_line(line: str) -> None:
-        nonlocal recorded
-        _, marked, text = line.partition(PROGRESS_MARK)
-        if marked:
-            say(text.strip())
-        if time.monotonic() - recorded > RECORD_EVERY_S:
-            recorder.sync(run_folder)
+        def record() -> None:
+            nonlocal recorded
+            self.recorder.sync(run_folder)
+            for entry in read_journal(run_folder):
+                if entry.step not in told:
+                    told.add(entry.step)
+                    self.say(_epoch_line(entry, cell.spec.training.epochs))
             recorded = time.monotonic()
 
-    try:
-        jobs.follow(submission_id, on_line, finished=(run_folder / RESULT).is_file)
-    finally:
-        recorder.sync(run_folder)
+        def on_line(line: str) -> None:
+            _, marked, text = line.partition(PROGRESS_MARK)
+            if marked:
+                self.say(text.strip())
+            if time.monotonic() - recorded > RECORD_EVERY_S:
+                record()
+
+        def ended() -> bool:
+            held.check()
+            return self.stop.is_set() or (run_folder / RESULT).is_file()
+
+        try:
+            jobs.follow(submission_id, on_line, ended)
+        finally:
+            record()
+        if self.stop.is_set() and not (run_folder / RESULT).is_file():
+            jobs.stop(submission_id)
+            self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Cancelled("the flow was stopped; run it again to go on from the last checkpoint")
 
 
-def _breakdown(run_folder: Path, result: RunResult, wall_s: float) -> dict[str, float]:
-    entries = [entry for entry in read_journal(run_folder) if entry.attempt == result.attempts]
+def _epoch_line(entry: JournalEntry, epochs: int) -> str:
+    numbers = entry.metrics
+    parts = [f"loss {numbers['train/loss']:.3f}"] if "train/loss" in numbers else []
+    parts += [
+        f"val {name} {numbers[f'val/coco/{name}']:.3f}" for name in ("AP", "AP50") if f"val/coco/{name}" in numbers
+    ]
+    parts += [f"{numbers['train/images_per_s']:.1f} img/s"] if "train/images_per_s" in numbers else []
+    return f"epoch {entry.epoch}/{epochs} done: {', '.join(parts)}"
+
+
+def _breakdown(journal: list[JournalEntry], result: RunResult, wall_s: float) -> dict[str, float]:
+    entries = [entry for entry in journal if entry.attempt == result.attempts]
     training = sum(entry.metrics.get("time/train_s", 0.0) for entry in entries)
     scoring = sum(entry.metrics.get("time/validate_s", 0.0) for entry in entries) + result.seconds["score_test"]
     return {"wall": wall_s, "training": training, "scoring": scoring, "overhead": wall_s - training - scoring}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -13,7 +13,7 @@ from flows.data_commands import data_app
 from flows.output import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from flows.train_all import Report
+    from flows.report import Report
 
 app = typer.Typer(
     help="Train small-object detectors: a dataset version goes in, a promoted model comes out.",
@@ -27,6 +27,9 @@ SetOption = Annotated[list[str], typer.Option("--set", help="Change one value: k
 ArchitecturesOption = Annotated[str, typer.Option(help="Architectures instead of the experiment's: a,b")]
 DatasetsOption = Annotated[str, typer.Option(help="Datasets instead of the experiment's: x,y")]
 SeedsOption = Annotated[str, typer.Option(help="Seeds instead of the experiment's: 0,1")]
+CodeChangeOption = Annotated[
+    Literal["warn", "retrain"], typer.Option("--on-code-change", help="Finished cells that other code trained.")
+]
 
 
 def main() -> None:
@@ -54,19 +57,20 @@ def train_all_command(
     architectures: ArchitecturesOption = "",
     datasets: DatasetsOption = "",
     seeds: SeedsOption = "",
+    on_code_change: CodeChangeOption = "warn",
     as_json: JsonOption = False,
 ) -> None:
     """Train every architecture x dataset x seed that is not trained yet, compare, and promote the best."""
-    _train(spec, sets, _names(architectures), _names(datasets), _seeds(seeds), as_json)
+    _train(spec, sets, _names(architectures), _names(datasets), _seeds(seeds), on_code_change, as_json)
 
 
 @app.command()
 def train(
     architecture: str, dataset: str, spec: SpecOption = "default", sets: SetOption = [],  # noqa: B006
-    seeds: SeedsOption = "", as_json: JsonOption = False,
+    seeds: SeedsOption = "", on_code_change: CodeChangeOption = "warn", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Train one architecture on one dataset."""
-    _train(spec, sets, [architecture], [dataset], _seeds(seeds), as_json)
+    _train(spec, sets, [architecture], [dataset], _seeds(seeds), on_code_change, as_json)
 
 
 @app.command()
@@ -76,13 +80,17 @@ def plan(
     architectures: ArchitecturesOption = "",
     datasets: DatasetsOption = "",
     seeds: SeedsOption = "",
+    on_code_change: CodeChangeOption = "warn",
     as_json: JsonOption = False,
 ) -> None:
     """Show what train-all would do to each cell, and why, without doing it."""
     from data.versioning import current_version
-    from flows.cells import plan_cell
     from flows.experiment import load_experiment
+    from flows.plan import plan_cells
+    from flows.plan_table import as_json as plan_as_json
+    from flows.plan_table import line, total
     from flows.settings import REPO, Settings
+    from flows.warm_start import resolver
 
     experiment = load_experiment(
         spec, sets, architectures=_names(architectures), datasets=_names(datasets), seeds=_seeds(seeds)
@@ -90,21 +98,17 @@ def plan(
     found = {name: current_version(name, REPO) for name in experiment.datasets}
     known = {name: version.version for name, version in found.items() if version is not None}
     unversioned = sorted(found.keys() - known.keys())
-    reduced = experiment.model_copy(update={"datasets": tuple(known)})
-    planned = [plan_cell(cell, Settings()) for cell in reduced.cells(known)]
+    asked, settings = experiment.training.warm_start, Settings()
+    specs = experiment.cells(known, resolver(asked, settings) if asked else lambda _: None)
+    planned = plan_cells(specs, settings, on_code_change)
     if as_json:
-        cells = [
-            {"run_key": cell.spec.run_key, "architecture": cell.spec.architecture.name, "seed": cell.spec.seed,
-             "dataset": cell.spec.dataset.name, "dataset_version": cell.spec.dataset.version,
-             "state": cell.state, "why": cell.why}
-            for cell in planned
-        ]  # fmt: skip
-        print_json({"cells": cells, "unversioned_datasets": unversioned})
+        print_json({"cells": plan_as_json(planned), "unversioned_datasets": unversioned})
         return
     for cell in planned:
-        typer.echo(f"{cell.spec.run_key}  {cell.state:7}  {cell.spec.title}: {cell.why}")
+        typer.echo(line(cell))
     for name in unversioned:
-        typer.echo(f"{'-' * 12}  train    every cell on {name}: it has no version yet, train-all will make one")
+        typer.echo(f"every cell on {name}: train: it has no version yet, train-all will make one")
+    typer.echo(total(planned))
 
 
 @app.command()
@@ -190,7 +194,7 @@ def is_expected(error: Exception) -> bool:
 
 def _train(
     spec: str, sets: Sequence[str], architectures: Sequence[str], datasets: Sequence[str], seeds: Sequence[int],
-    as_json: bool,
+    on_code_change: Literal["warn", "retrain"], as_json: bool,
 ) -> None:  # fmt: skip
     from flows.experiment import load_experiment
     from flows.say import plain_terminal
@@ -201,12 +205,13 @@ def _train(
     plain_terminal(sys.stderr if as_json else sys.stdout)
     settings = Settings()
     with prefect_api(settings.home):
-        from flows.train_all import Unfinished, train_all
+        from flows.report import Unfinished
+        from flows.train_all import train_all
 
         try:
             report = train_all(
                 experiment=spec, changes=list(sets), architectures=list(architectures), datasets=list(datasets),
-                seeds=list(seeds),
+                seeds=list(seeds), on_code_change=on_code_change,
             )  # fmt: skip
         except Unfinished as error:
             report = error.report
@@ -219,18 +224,20 @@ def _print_report(report: Report, storage: Path, as_json: bool) -> None:
     from rich.console import Console
 
     from flows.leaderboard import as_json as leaderboard_json
-    from flows.leaderboard import as_table
+    from flows.leaderboard import as_tables, spent
 
     if as_json:
-        print_json(
-            {"rows": leaderboard_json(report.rows), "not_promoted": report.not_promoted, "seconds": report.seconds}
-        )
+        told = {"not_promoted": report.not_promoted, "seconds": report.seconds}
+        print_json({**leaderboard_json(report.rows), **told})
         return
     # Without a terminal rich would assume 80 columns and break names apart.
-    Console(width=None if sys.stdout.isatty() else 160).print(as_table(report.rows))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in as_tables(report.rows):
+        console.print(table)
     for row in report.rows:
         outcome = f"failed: {row.error}" if row.error else f"pictures in {storage / row.run_key / 'artifacts'}"
-        typer.echo(f"{row.architecture} / {row.dataset} / seed {row.seed}: {outcome}")
+        typer.echo(f"{row.title}: {outcome}")
+    typer.echo(spent(report.rows))
     typer.echo("compare runs in the browser: make ui")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -31,7 +31,8 @@ class BadExperiment(ValueError):
 class Experiment(BaseModel):
     """The product of architectures, datasets and seeds under one recipe. One file of `flows/runs/`.
 
-    `settings` changes an architecture's own settings: architecture name -> setting -> value.
+    `settings` changes an architecture's own settings: architecture name -> setting -> value;
+    `training_by_dataset` changes the recipe for a dataset: dataset name -> key -> value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +42,7 @@ class Experiment(BaseModel):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     training: TrainingSpec = TrainingSpec()
+    training_by_dataset: dict[str, dict[str, Any]] = Field(default_factory=dict)
     scoring: ScoringSpec = ScoringSpec()
     compute: ComputeSpec = ComputeSpec()
 
@@ -53,34 +55,52 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _every_worker_has_work(self) -> Experiment:
-        batch, workers = self.training.batch_size, self.compute.workers
-        if batch < workers:
-            raise ValueError(f"training.batch_size must be at least compute.workers ({workers}), got {batch}")
+        workers = self.compute.workers
+        for name in self.datasets:
+            batch = self.training_for(name).batch_size
+            if batch < workers:
+                raise ValueError(f"training.batch_size must be at least compute.workers ({workers}), got {batch}")
         return self
 
-    def cells(self, versions: dict[str, str]) -> list[RunSpec]:
-        """One spec for each architecture x dataset x seed, given the version of each dataset."""
+    def training_for(self, dataset: str) -> TrainingSpec:
+        """The recipe for one dataset. Raises ValueError for unknown keys and impossible values."""
+        changes = self.training_by_dataset.get(dataset, {})
+        try:
+            return TrainingSpec.model_validate(_merged(self.training.model_dump(), changes))
+        except ValidationError as error:
+            lines = "; ".join(line.strip() for line in readable_errors(error, TrainingSpec))
+            raise ValueError(f"training_by_dataset.{dataset}: {lines}") from None
+
+    def cells(
+        self, versions: dict[str, str], warm_start: Callable[[RunSpec], str | None] = lambda _: None
+    ) -> list[RunSpec]:
+        """One spec for each architecture x dataset x seed, given the version of each dataset.
+
+        `warm_start` says what a cell that would start cold starts from, as `sha256:<hex>`.
+        """
         import models
 
-        training = self.training.model_copy(
-            update={
-                "precision": resolve_precision(self.training.precision, gpus_per_worker=self.compute.gpus_per_worker)
-            }
-        )
         resolved = {name: asdict(models.configure(name, **self.settings.get(name, {}))) for name in self.architectures}
-        return [
+        cold = [
             RunSpec(
                 architecture=ArchitectureSpec(name=architecture, settings=resolved[architecture]),
                 dataset=DatasetSpec(name=dataset, version=versions[dataset], card=load_card(dataset)),
-                training=training,
+                training=self._resolved_training(dataset),
                 scoring=self.scoring,
                 compute=self.compute,
                 seed=seed,
             )
             for dataset in self.datasets
+            if dataset in versions
             for architecture in self.architectures
             for seed in self.seeds
         ]
+        return [spec.with_warm_start(warm_start(spec)) for spec in cold]
+
+    def _resolved_training(self, dataset: str) -> TrainingSpec:
+        training = self.training_for(dataset)
+        precision = resolve_precision(training.precision, gpus_per_worker=self.compute.gpus_per_worker)
+        return training.model_copy(update={"precision": precision, "warm_start": None})
 
 
 def load_experiment(
@@ -108,39 +128,54 @@ def load_experiment(
         raise BadExperiment(f"{path}: expected keys and values, found {type(content).__name__}")
     for change in sets:
         _apply(content, change)
-    for key, values in {"architectures": architectures, "datasets": datasets, "seeds": seeds}.items():
-        if values:
-            content[key] = list(values)
+    chosen = {"architectures": list(architectures), "datasets": list(datasets), "seeds": list(seeds)}
     try:
-        experiment = Experiment.model_validate(content)
+        whole = Experiment.model_validate(content)
+        experiment = Experiment.model_validate(content | {key: values for key, values in chosen.items() if values})
     except ValidationError as error:
         raise BadExperiment(f"{path.name}:\n" + "\n".join(readable_errors(error, Experiment))) from None
-    _check_names(experiment)
+    _check_names(experiment, whole)
     return experiment
 
 
 def check_batch(experiment: Experiment, dataset: str, num_train_images: int) -> None:
     """Raise BadExperiment when a dataset's training split is smaller than one batch."""
-    if experiment.training.batch_size > num_train_images:
+    batch_size = experiment.training_for(dataset).batch_size
+    if batch_size > num_train_images:
         raise BadExperiment(
-            f"training.batch_size is {experiment.training.batch_size}, but {dataset} has {num_train_images} training "
+            f"training.batch_size is {batch_size}, but {dataset} has {num_train_images} training "
             "images; set a smaller batch"
         )
 
 
-def _check_names(experiment: Experiment) -> None:
+def _check_names(experiment: Experiment, whole: Experiment) -> None:
+    """Check all names, also those of which `--architectures` and `--datasets` chose only some."""
     import models
 
-    unused = experiment.settings.keys() - set(experiment.architectures)
-    if unused:
-        raise BadExperiment(
-            f"settings.{min(unused)}: not among the architectures {list(experiment.architectures)}; "
-            "add it there or remove its settings"
-        )
-    for name in experiment.architectures:
+    architectures = {*whole.architectures, *experiment.architectures}
+    datasets = {*whole.datasets, *experiment.datasets}
+    for key, names, known in (
+        ("settings", experiment.settings.keys(), architectures),
+        ("training_by_dataset", experiment.training_by_dataset.keys(), datasets),
+    ):
+        if unused := names - known:
+            raise BadExperiment(f"{key}.{min(unused)}: not in the matrix ({', '.join(sorted(known))}); add it there")
+    for name in sorted(architectures):
         models.configure(name, **experiment.settings.get(name, {}))
-    for name in experiment.datasets:
+    for name in sorted(datasets):
         load_card(name)
+        try:
+            experiment.training_for(name)
+        except ValueError as error:
+            raise BadExperiment(str(error)) from None
+
+
+def _merged(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(content)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _find(spec: Path | str) -> Path:

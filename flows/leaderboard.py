@@ -1,22 +1,31 @@
-"""The comparison of all cells: a table for the terminal, JSON for programs, Markdown for Prefect."""
+"""The comparison of all cells: tables for the terminal, JSON for programs, Markdown for Prefect and MLflow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-from flows.cells import CellOutcome, PlannedCell
+from flows.cells import CellOutcome
+from flows.plan import PlannedCell
+from training.jobs import demand
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("dataset", "architecture", "seed", "val AP", "test AP", "AP50", "AP small", "time", "state", "")
+COLUMNS = ("architecture", "seed", "val AP", "test AP", "AP50", "AP small", "time", "estimated", "cost", "state", "")
+SCORES = ("val_ap", "test_ap", "test_ap50", "test_ap_small")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: scores are COCO's, on test unless the name says val; `error` says why there are none."""
+    """One cell: scores are COCO's, on test unless the name says val; `error` says why there are none.
+
+    `wall_s`, `cpu_hours` and `gpu_hours` are what this run spent on it, `None` and 0 where it was reused;
+    `trained_s` is what its training took whenever it was.
+    """
 
     dataset: str
     architecture: str
@@ -28,66 +37,202 @@ class Row:
     test_ap50: float | None = None
     test_ap_small: float | None = None
     wall_s: float | None = None
+    estimated_s: float | None = None
+    trained_s: float | None = None
+    cpu_hours: float = 0.0
+    gpu_hours: float = 0.0
     champion: bool = False
     error: str | None = None
 
+    @property
+    def title(self) -> str:
+        """Name for people: architecture, dataset, seed."""
+        return f"{self.architecture} / {self.dataset} / seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An architecture on a dataset over its seeds: mean, and sample standard deviation from two seeds on."""
+
+    dataset: str
+    architecture: str
+    num_seeds: int
+    num_failed: int
+    mean: dict[str, float]
+    spread: dict[str, float]
+
 
 def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], champions: set[str]) -> list[Row]:
-    """One row a cell, by dataset and then by validation AP, best first."""
+    """One row a cell."""
     rows = []
     for cell, outcome in cells:
-        spec = cell.spec
-        named = {"dataset": spec.dataset.name, "architecture": spec.architecture.name, "seed": spec.seed}
+        spec, estimate = cell.spec, cell.estimate
+        common: dict[str, Any] = {
+            "dataset": spec.dataset.name,
+            "architecture": spec.architecture.name,
+            "seed": spec.seed,
+            "run_key": spec.run_key,
+            "estimated_s": None if estimate is None else estimate.seconds,
+        }
         if isinstance(outcome, Exception):
-            error = str(outcome).strip().splitlines()
-            rows.append(Row(**named, run_key=spec.run_key, state="failed", error=error[0] if error else repr(outcome)))  # type: ignore[arg-type]
+            rows.append(Row(**common, state="failed", error=_first_line(outcome)))
             continue
         val, test = outcome.result.scores["val"].metrics, outcome.result.scores["test"].metrics
+        wall_s = outcome.seconds.get("wall")
+        used = {kind: amount * (wall_s or 0.0) / 3600 for kind, amount in demand(spec).items()}
         rows.append(
             Row(
-                **named,  # type: ignore[arg-type]
-                run_key=spec.run_key,
-                state="cached" if outcome.reused else ("resumed" if cell.state == "resume" else "trained"),
+                **common,
+                state=_done(cell, outcome),
                 val_ap=val["coco/AP"],
                 test_ap=test["coco/AP"],
                 test_ap50=test["coco/AP50"],
                 test_ap_small=test["coco/AP_small"],
-                wall_s=outcome.seconds.get("wall"),
+                wall_s=wall_s,
+                trained_s=outcome.result.seconds["job"],
+                cpu_hours=used["CPU"],
+                gpu_hours=used["GPU"],
                 champion=spec.run_key in champions,
             )
         )
-    return sorted(rows, key=lambda row: (row.dataset, -(row.val_ap if row.val_ap is not None else -1.0)))
+    return rows
 
 
-def as_table(rows: Sequence[Row]) -> Table:
-    """A table for the terminal."""
+def unplanned_rows(dataset: str, architectures: Iterable[str], seeds: Sequence[int], error: Exception) -> list[Row]:
+    """Rows of cells that could not even be planned, because their dataset could not be versioned."""
+    reason = _first_line(error)
+    return [
+        Row(dataset, architecture, seed, run_key="", state="failed", error=reason)
+        for architecture in architectures
+        for seed in seeds
+    ]
+
+
+def ordered(rows: Iterable[Row]) -> list[Row]:
+    """By dataset, then architectures by their mean validation AP, best first, then seeds."""
+    rows = list(rows)
+    mean = {(each.dataset, each.architecture): each.mean.get("val_ap", -1.0) for each in summarise_seeds(rows)}
+    return sorted(rows, key=lambda r: (r.dataset, -mean[r.dataset, r.architecture], r.architecture, r.seed))
+
+
+def summarise_seeds(rows: Iterable[Row]) -> list[Summary]:
+    """One summary for each dataset and architecture, in the order of their names."""
+
+    def kind(row: Row) -> tuple[str, str]:
+        return row.dataset, row.architecture
+
+    summaries = []
+    for (dataset, architecture), group in groupby(sorted(rows, key=kind), kind):
+        cells = list(group)
+        values = {name: [getattr(row, name) for row in cells if getattr(row, name) is not None] for name in SCORES}
+        summaries.append(
+            Summary(
+                dataset, architecture, len(cells), sum(row.error is not None for row in cells),
+                mean={name: statistics.fmean(found) for name, found in values.items() if found},
+                spread={name: statistics.stdev(found) for name, found in values.items() if len(found) > 1},
+            )
+        )  # fmt: skip
+    return summaries
+
+
+def as_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table for each dataset, for the terminal."""
     from rich.table import Table
 
-    table = Table(title="Leaderboard (COCO protocol; selected on val, promoted on test)", title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if 2 <= index <= 7 else "left")
-    for row in rows:
-        table.add_row(*_texts(row))
-    return table
+    tables = []
+    for dataset, lines in _lines(rows):
+        table = Table(title=f"{dataset} (COCO protocol; selected on val, promoted on test)", title_justify="left")
+        for index, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if 1 <= index <= 8 else "left")
+        for line in lines:
+            table.add_row(*line)
+        tables.append(table)
+    return tables
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table."""
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS), *(" | ".join(_texts(row)) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    """One Markdown table for all datasets."""
+    header = ("dataset", *COLUMNS)
+    lines = [(dataset, *line) for dataset, group in _lines(rows) for line in group]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Plain values."""
-    return [asdict(row) for row in rows]
+def as_json(rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:
+    """Plain values: every cell in `rows`, means and spreads over seeds in `summary`."""
+    return {"rows": [asdict(row) for row in rows], "summary": [asdict(each) for each in summarise_seeds(rows)]}
 
 
-def _texts(row: Row) -> list[str]:
-    scores = [_score(value) for value in (row.val_ap, row.test_ap, row.test_ap50, row.test_ap_small)]
-    time = "-" if row.wall_s is None else f"{row.wall_s:.0f} s"
+def spent(rows: Sequence[Row]) -> str:
+    """One sentence: what was trained and what that cost, what was reused and what that saved."""
+    trained = [row for row in rows if row.wall_s is not None]
+    reused = [row for row in rows if row.wall_s is None and row.error is None]
+    failed = [row for row in rows if row.error is not None]
+    estimated = [row.estimated_s for row in trained if row.estimated_s is not None]
+    parts = [f"{len(trained)} trained in {sum(row.wall_s or 0.0 for row in trained):.0f} s"]
+    if estimated and len(estimated) == len(trained):
+        parts[0] += f" (estimated {sum(estimated):.0f} s)"
+    if trained:
+        parts[0] += f", {_cost(trained)}"
+    if reused:
+        parts.append(f"{len(reused)} reused, which saved {sum(row.trained_s or 0.0 for row in reused):.0f} s")
+    if failed:
+        parts.append(f"{len(failed)} failed")
+    return f"{len(rows)} cells: {'; '.join(parts)}"
+
+
+def _lines(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Table lines by dataset: one a cell, and one for the mean where there are several seeds."""
+    summaries = {(each.dataset, each.architecture): each for each in summarise_seeds(rows)}
+    found = []
+    for dataset, group in groupby(ordered(rows), lambda row: row.dataset):
+        lines: list[tuple[str, ...]] = []
+        for architecture, seeds in groupby(group, lambda row: row.architecture):
+            cells = list(seeds)
+            if len(cells) > 1:
+                lines.append(_summary_line(summaries[dataset, architecture], cells))
+            lines += [_cell_line(row) for row in cells]
+        found.append((dataset, lines))
+    return found
+
+
+def _summary_line(summary: Summary, cells: Sequence[Row]) -> tuple[str, ...]:
+    scores = []
+    for name in SCORES:
+        spread = f" ±{summary.spread[name]:.3f}" if name in summary.spread else ""
+        scores.append(f"{summary.mean[name]:.3f}{spread}" if name in summary.mean else "-")
+    count = f"mean of {summary.num_seeds - summary.num_failed}"
+    walls = [row.wall_s for row in cells if row.wall_s is not None]
+    estimates = [row.estimated_s for row in cells if row.estimated_s is not None]
+    time, estimated = _seconds(sum(walls) if walls else None), _seconds(sum(estimates) if estimates else None)
+    return (summary.architecture, count, *scores, time, estimated, _cost(cells), "", "")
+
+
+def _cell_line(row: Row) -> tuple[str, ...]:
+    scores = ["-" if value is None else f"{value:.3f}" for value in (getattr(row, name) for name in SCORES)]
+    times = (_seconds(row.wall_s), _seconds(row.estimated_s))
     remark = "champion" if row.champion else ""
-    return [row.dataset, row.architecture, str(row.seed), *scores, time, f"{row.state} {row.run_key}", remark]
+    state = f"{row.state} {row.run_key}".strip()
+    return (row.architecture, str(row.seed), *scores, *times, _cost([row]), state, remark)
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _done(cell: PlannedCell, outcome: CellOutcome) -> str:
+    if outcome.reused:
+        return "rescored" if cell.state == "score" else "stale" if cell.state == "stale" else "cached"
+    return "resumed" if cell.state == "resume" else "trained"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} s"
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    """Hours of GPUs where any were used, else of CPUs."""
+    cpu, gpu = sum(row.cpu_hours for row in rows), sum(row.gpu_hours for row in rows)
+    if not cpu + gpu:
+        return "-"
+    return f"{gpu:.2f} GPU-h" if gpu else f"{cpu:.2f} CPU-h"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

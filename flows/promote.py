@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 METRIC = "coco/AP"
+# Which attempt made the weights: a run key that is trained again, by other code, gives other ones.
+ATTEMPT = "speck.attempt"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def promote_best(client: MlflowClient, outcomes: Sequence[CellOutcome], settings
     name = result.spec.dataset.name
     known = history(client, name)
     holder = next((version for version in known if CHAMPION in version.aliases), None)
-    registered = next((version.version for version in known if version.run_key == result.run_key), None)
+    registered = next((version.version for version in known if version.run_id == best.run_id), None)
     version = registered or _register(client, result, best.run_id, settings)
     champion = _rescored(client, holder, result, settings) if holder is not None else None
     verdict = decide(_candidate(result.scores["test"]), champion)
@@ -84,6 +86,9 @@ def _candidate(score: ScoreResult) -> Candidate:
 def _rescored(client: MlflowClient, holder: Version, challenger: RunResult, settings: Settings) -> Candidate:
     """The champion as a candidate: its own score where that compares with the challenger's, else a new one."""
     own = read_result(settings.storage / holder.run_key)
+    if own is not None and holder.tags.get(ATTEMPT) != str(own.attempts):
+        # Trained again since: what lies there now is another model.
+        own = None
     if own is not None and _comparable(own.scores["test"], challenger.scores["test"]):
         return _candidate(own.scores["test"])
     with tempfile.TemporaryDirectory(prefix="speck-champion-") as folder:
@@ -129,6 +134,10 @@ def _register(client: MlflowClient, result: RunResult, run_id: str, settings: Se
             run_id=run_id,
             run_key=result.run_key,
             model_folder=model_folder,
-            tags={"speck.architecture": spec.architecture.name, "speck.dataset_version": spec.dataset.version},
+            tags={
+                "speck.architecture": spec.architecture.name,
+                "speck.dataset_version": spec.dataset.version,
+                ATTEMPT: str(result.attempts),
+            },
             scores=scores,
         )

@@ -9,13 +9,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from data.summary import summarise
 from flows.settings import REPO
 from tracking.client import connect
 from tracking.runs import DatasetRef, JournalEntry, ensure_run, finish, replay
-from training.records import Attempt, RunResult, read_journal
+from training.records import Attempt, RunResult, read_journal, training_id
 from training.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class Recorder:
         self._lost = False
         self.run_id: str | None = None
 
-    def begin(self, attempt: Attempt) -> None:
-        """Create or find the run of this cell; it tells of the attempt that trained it."""
+    def begin(self, attempt: Attempt, run_folder: Path) -> None:
+        """Create or find the run of this cell's training; it tells of the attempt that trained it."""
         spec = attempt.spec
 
         def create(client: MlflowClient) -> None:
@@ -43,6 +43,7 @@ class Recorder:
                 client,
                 experiment=spec.dataset.name,
                 run_key=spec.run_key,
+                training_id=training_id(run_folder),
                 name=f"{spec.architecture.name}-s{spec.seed}-{spec.run_key[:6]}",
                 params=flat_params(spec),
                 tags={**attempt.provenance, "speck.code_hash": attempt.code_hash,
@@ -91,13 +92,13 @@ class Recorder:
 
         self._try(close)
 
-    def fail(self, run_folder: Path) -> None:
-        """Send what the journal has and mark the run as failed; a later attempt opens it again."""
+    def end(self, run_folder: Path, status: Literal["FAILED", "KILLED"]) -> None:
+        """Send what the journal has and close the run without a result; a later attempt opens it again."""
         self.sync(run_folder)
 
         def close(client: MlflowClient) -> None:
             if self.run_id is not None:
-                finish(client, self.run_id, "FAILED", scores={}, artifacts_dir=None, end_time_ms=_now_ms())
+                finish(client, self.run_id, status, scores={}, artifacts_dir=None, end_time_ms=_now_ms())
 
         self._try(close)
 

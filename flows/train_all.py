@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import Literal
 
 from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact
 
 from data.summary import summarise
 from data.versioning import DatasetVersion, version_dataset
-from flows.cells import CellOutcome, PlannedCell, plan_cell, run_cell
+from flows.cells import CellOutcome, CellRunner
 from flows.experiment import Experiment, check_batch, load_experiment
-from flows.leaderboard import Row, as_markdown, make_rows
+from flows.leaderboard import Row, as_json, as_markdown, make_rows, ordered, spent, unplanned_rows
+from flows.plan import PlannedCell, plan_cells
+from flows.plan_table import as_markdown as plan_as_markdown
+from flows.plan_table import line as plan_line
 from flows.promote import Promotion, promote_best
 from flows.record import Recorder
+from flows.report import Report, Unfinished
 from flows.say import say, warn
+from flows.schedule import run_cells
 from flows.settings import REPO, Settings
+from flows.warm_start import resolver
 from tracking.client import TrackingUnavailable, connect
 from tracking.registry import champion
-from tracking.runs import ensure_parent
+from tracking.runs import close_parent, ensure_parent
 from training.jobs import Cluster, Jobs, embedded_cluster
 from training.spec import RunSpec
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a `train-all` did: leaderboard, what was promoted, by dataset why not, and the seconds of its parts."""
-
-    rows: list[Row]
-    promotions: list[Promotion]
-    not_promoted: dict[str, str]
-    seconds: dict[str, float]
-
-    @property
-    def failed(self) -> list[Row]:
-        """Rows without a result."""
-        return [row for row in self.rows if row.error is not None]
-
-
-class Unfinished(RuntimeError):
-    """Some cells have no result, or a dataset's best cell could not be promoted; what is done stays done."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        faults = [f"{row.architecture} / {row.dataset} / seed {row.seed}: {row.error}" for row in report.failed]
-        faults += [f"nothing promoted for {name}: {reason}" for name, reason in report.not_promoted.items()]
-        super().__init__(f"{len(report.failed)} of {len(report.rows)} cells failed. " + "; ".join(faults))
 
 
 @flow(name="train-all", validate_parameters=True)
@@ -58,6 +40,7 @@ def train_all(
     architectures: list[str] | None = None,
     datasets: list[str] | None = None,
     seeds: list[int] | None = None,
+    on_code_change: Literal["warn", "retrain"] = "warn",
 ) -> Report:
     """Train what is not trained yet, compare, and promote the best of each dataset.
 
@@ -67,36 +50,103 @@ def train_all(
         architectures: instead of the experiment's.
         datasets: instead of the experiment's.
         seeds: instead of the experiment's.
+        on_code_change: what to do with finished cells that were trained by other code.
     """
     loaded = load_experiment(
         experiment, changes or (), architectures=architectures or (), datasets=datasets or (), seeds=seeds or ()
     )
-    report = run_experiment(loaded, Settings())
+    report = TrainAll(loaded, Settings(), on_code_change).run()
     if report.failed or report.not_promoted:
         raise Unfinished(report)
     return report
 
 
-def run_experiment(experiment: Experiment, settings: Settings) -> Report:
-    """The flow's body: every step is a Prefect task."""
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "versions"):
-        versions = {name: version_data(name) for name in experiment.datasets}
-    for name in experiment.datasets:
-        check_batch(experiment, name, summarise(name, REPO).num_images["train"])
-    with _timed(seconds, "plan"):
-        planned = plan(experiment.cells({name: found.version for name, found in versions.items()}), settings)
-    parent_run_id = open_parent_run(settings)
-    cells: list[tuple[PlannedCell, CellOutcome | Exception]] = []
-    with ExitStack() as stack, _timed(seconds, "cells"):
-        jobs = _jobs_on_demand(settings, stack, seconds)
-        for cell in planned:
-            cells.append((cell, _outcome(cell, jobs, settings, parent_run_id)))
-    with _timed(seconds, "promotion"):
-        promotions, not_promoted, champions = compare_and_promote(cells, settings)
-    report = Report(make_rows(cells, champions), promotions, not_promoted, seconds)
-    create_markdown_artifact(key="leaderboard", markdown=as_markdown(report.rows), description="All cells compared")
-    return report
+class TrainAll:
+    """The flow's body: every step is a Prefect task, and what fails, fails for its own dataset or cell alone."""
+
+    def __init__(self, experiment: Experiment, settings: Settings, on_code_change: Literal["warn", "retrain"]) -> None:
+        self.experiment, self.settings, self.on_code_change = experiment, settings, on_code_change
+        self.seconds: dict[str, float] = {}
+        self.stop = threading.Event()
+        self._jobs: Jobs | None = None
+        self._starting = threading.Lock()
+
+    def run(self) -> Report:
+        """Do all of it."""
+        with self._timed("versions"):
+            versions, unversioned = self._version_datasets()
+        with self._timed("plan"):
+            planned = plan(self._specs(versions), self.settings, self.on_code_change)
+        parent_run_id = open_parent_run(self.settings)
+        with ExitStack() as stack, self._timed("cells"):
+            cells = self._run_cells(planned, parent_run_id, stack)
+        with self._timed("promotion"):
+            promotions, not_promoted, champions = compare_and_promote(cells, self.settings)
+        rows = make_rows(cells, champions)
+        for name, error in unversioned.items():
+            rows += unplanned_rows(name, self.experiment.architectures, self.experiment.seeds, error)
+        report = Report(ordered(rows), promotions, not_promoted, self.seconds)
+        publish_leaderboard(report, self.settings, parent_run_id)
+        return report
+
+    def _version_datasets(self) -> tuple[dict[str, str], dict[str, Exception]]:
+        versions: dict[str, str] = {}
+        failed: dict[str, Exception] = {}
+        for name in self.experiment.datasets:
+            try:
+                found = version_data(name)
+                check_batch(self.experiment, name, summarise(name, REPO).num_images["train"])
+            except Exception as error:
+                failed[name] = error
+                warn(f"{name}: no cell of it can run: {error}")
+            else:
+                versions[name] = found.version
+        return versions, failed
+
+    def _specs(self, versions: dict[str, str]) -> list[RunSpec]:
+        asked = self.experiment.training.warm_start
+        return self.experiment.cells(versions, resolver(asked, self.settings) if asked else lambda _: None)
+
+    def _run_cells(
+        self, planned: Sequence[PlannedCell], parent_run_id: str | None, stack: ExitStack
+    ) -> list[tuple[PlannedCell, CellOutcome | Exception]]:
+        def jobs() -> Jobs:
+            with self._starting:
+                if self._jobs is None:
+                    with self._timed("cluster start"):
+                        url = self.settings.ray_jobs_url
+                        remote = None if url is None else Cluster("auto", url)
+                        self._jobs = Jobs(remote or stack.enter_context(embedded_cluster(self.settings.home)))
+                return self._jobs
+
+        def room(own: Sequence[str]) -> Mapping[str, float]:
+            try:
+                return jobs().room(own)
+            except Exception as error:
+                warn(f"the cluster does not say how much room it has, so one cell runs at a time: {error}")
+                return {"CPU": 0.0, "GPU": 0.0}
+
+        def start(cell: PlannedCell) -> object:
+            recorder = Recorder(self.settings.tracking_uri, parent_run_id, warn)
+            title = cell.spec.title
+            runner = CellRunner(
+                jobs, self.settings, recorder, lambda line: say(f"{title}: {line}"), self.stop, self.on_code_change
+            )
+            return train_cell.submit(cell, runner)
+
+        if any(cell.trains for cell in planned):
+            jobs()  # Here, because Ray wants to start in the main thread.
+        cells = run_cells(planned, start, room, self.stop)  # type: ignore[arg-type]
+        for cell, outcome in cells:
+            if isinstance(outcome, Exception):
+                warn(f"{cell.spec.title} failed: {outcome}")
+        return cells
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
 
 
 @task(name="version-data", task_run_name="version {name}")
@@ -110,13 +160,12 @@ def version_data(name: str) -> DatasetVersion:
 
 
 @task(name="plan")
-def plan(specs: Sequence[RunSpec], settings: Settings) -> list[PlannedCell]:
-    """Say what will happen to each cell, and why."""
-    planned = [plan_cell(spec, settings) for spec in specs]
+def plan(specs: Sequence[RunSpec], settings: Settings, on_code_change: Literal["warn", "retrain"]) -> list[PlannedCell]:
+    """Say what will happen to each cell, why, and how long it will take."""
+    planned = plan_cells(specs, settings, on_code_change)
     for cell in planned:
-        say(f"{cell.spec.title}: {cell.state} ({cell.spec.run_key}): {cell.why}")
-    lines = [f"| {cell.spec.title} | {cell.state} | {cell.why} |" for cell in planned]
-    create_markdown_artifact(key="plan", markdown="\n".join(["| cell | state | why |", "|---|---|---|", *lines]))
+        say(plan_line(cell))
+    create_markdown_artifact(key="plan", markdown=plan_as_markdown(planned), description="What happens to each cell")
     return planned
 
 
@@ -136,18 +185,13 @@ def open_parent_run(settings: Settings) -> str | None:
 
 
 @task(name="train-cell", task_run_name="{cell.spec.title}")
-def train_cell(
-    cell: PlannedCell, jobs: Callable[[], Jobs], settings: Settings, parent_run_id: str | None
-) -> CellOutcome:
+def train_cell(cell: PlannedCell, runner: CellRunner) -> CellOutcome:
     """Train and score one cell as a Ray job, and keep its MLflow run up to date."""
-    title = cell.spec.title
-    recorder = Recorder(settings.tracking_uri, parent_run_id, warn)
-    outcome = run_cell(cell, jobs, settings, recorder, lambda line: say(f"{title}: {line}"))
+    outcome = runner.run(cell)
     test = outcome.result.scores["test"].metrics
-    say(f"{title}: test coco/AP {test['coco/AP']:.3f}, AP50 {test['coco/AP50']:.3f}")
+    runner.say(", ".join(f"test {name} {_score(test[f'coco/{name}'])}" for name in ("AP", "AP50")))
     if outcome.seconds:
-        parts = ", ".join(f"{name} {value:.1f} s" for name, value in outcome.seconds.items())
-        say(f"{title}: {parts}")
+        runner.say(", ".join(f"{name} {value:.1f} s" for name, value in outcome.seconds.items()))
     return outcome
 
 
@@ -183,36 +227,36 @@ def compare_and_promote(
     return promotions, failed, champions
 
 
-def _outcome(
-    cell: PlannedCell, jobs: Callable[[], Jobs], settings: Settings, parent_run_id: str | None
-) -> CellOutcome | Exception:
-    # A poisoned cell fails alone.
+@task(name="publish-leaderboard")
+def publish_leaderboard(report: Report, settings: Settings, parent_run_id: str | None) -> None:
+    """Show the comparison in Prefect and keep it with the parent run in MLflow."""
+    say(spent(report.rows))
+    markdown = as_markdown(report.rows)
+    create_markdown_artifact(key="leaderboard", markdown=markdown, description=spent(report.rows))
+    if parent_run_id is None:
+        return
     try:
-        return train_cell(cell, jobs, settings, parent_run_id)
-    except Exception as error:
-        warn(f"{cell.spec.title} failed: {error}")
-        return error
+        close_parent(
+            connect(settings.tracking_uri),
+            parent_run_id,
+            "FAILED" if report.failed or report.not_promoted else "FINISHED",
+            documents={"leaderboard.md": markdown},
+            tables={"leaderboard.json": as_json(report.rows)["rows"]},
+            metrics=_headline(report.rows),
+        )
+    except TrackingUnavailable as error:
+        warn(f"the leaderboard is not in MLflow: {error}")
 
 
-def _jobs_on_demand(settings: Settings, stack: ExitStack, seconds: dict[str, float]) -> Callable[[], Jobs]:
-    """The cluster's job API; an embedded cluster starts at the first call and ends with `stack`."""
-    made: list[Jobs] = []
-
-    def jobs() -> Jobs:
-        if not made:
-            with _timed(seconds, "cluster start"):
-                if settings.ray_jobs_url is None:
-                    cluster = stack.enter_context(embedded_cluster(settings.home))
-                else:
-                    cluster = Cluster("auto", settings.ray_jobs_url)
-                made.append(Jobs(cluster))
-        return made[0]
-
-    return jobs
+def _headline(rows: Sequence[Row]) -> dict[str, float]:
+    """Test AP of each dataset's cell that is best on val, and what became of the cells."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if row.test_ap is not None:
+            best.setdefault(f"best/{row.dataset}/test/coco/AP", row.test_ap)
+    states = ("trained", "resumed", "cached", "stale", "rescored", "failed")
+    return best | {f"cells/{state}": float(sum(row.state == state for row in rows)) for state in states}
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[name] = time.monotonic() - started
+def _score(value: float | None) -> str:
+    return "without ground truth" if value is None else f"{value:.3f}"

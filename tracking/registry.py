@@ -73,7 +73,7 @@ def register(
     tags: Mapping[str, str],
     scores: Mapping[str, float],
 ) -> int:
-    """The version number of `run_key` in `model_name`: the one that exists, else a new one from `model_folder`.
+    """The version number of the run in `model_name`: the one that exists, else a new one from `model_folder`.
 
     The folder becomes an artifact of the run, in a directory named by its digest, so that a half-finished upload
     of another packaging can never mix with it. Raises ValueError for a score that is not finite.
@@ -83,7 +83,7 @@ def register(
             raise ValueError(f"score {metric!r} is {score}: only finite scores can be registered. Score it again")
     _ensure_model(client, model_name)
     for version in history(client, model_name):
-        if version.run_key == run_key:
+        if version.run_id == run_id:
             return version.version
     folder_digest = digest(model_folder)
     artifact_path = f"model-{folder_digest[:12]}"

@@ -8,7 +8,8 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 PARENT_EXPERIMENT = "train-all"
 RUN_KEY = "speck.run_key"
+TRAINING = "speck.training"
+SUPERSEDED_BY = "speck.superseded_by"
 TRAIN_ALL = "speck.train_all"
 NUM_NON_FINITE = "speck.num_non_finite"
 # Opens in the UI's view for training rather than in the one for language-model traces.
@@ -70,11 +73,35 @@ def ensure_parent(client: MlflowClient, *, train_all_id: str, name: str, start_t
 
 
 @speaks_to_store
+def close_parent(
+    client: MlflowClient,
+    run_id: str,
+    status: Literal["FINISHED", "FAILED", "KILLED"],
+    *,
+    documents: Mapping[str, str],
+    tables: Mapping[str, Sequence[Mapping[str, object]]],
+    metrics: Mapping[str, float],
+) -> None:
+    """Ends the run of a `train-all` with its leaderboard: texts and tables by file name, and headline numbers."""
+    from mlflow.entities import Metric
+
+    for name, text in documents.items():
+        client.log_text(run_id, text, name)
+    for name, rows in tables.items():
+        columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+        client.log_table(run_id, columns, name)
+    now_ms = time.time_ns() // 1_000_000
+    _send(client, run_id, [Metric(metric_name(key), value, now_ms, 0) for key, value in metrics.items()])
+    client.set_terminated(run_id, status, end_time=now_ms)
+
+
+@speaks_to_store
 def ensure_run(
     client: MlflowClient,
     *,
     experiment: str,
     run_key: str,
+    training_id: str,
     name: str,
     params: Mapping[str, str],
     tags: Mapping[str, str],
@@ -82,7 +109,9 @@ def ensure_run(
     start_time_ms: int,
     parent_run_id: str | None = None,
 ) -> str:
-    """The id of the one run of `run_key`: found by its tag, restored if it was deleted, else created.
+    """The id of the one run of `training_id`: found by its tag, restored if it was deleted, else created.
+
+    Where a run key is trained again, by other code, that is another training; earlier ones are tagged as superseded.
 
     A parameter cannot change once logged: a different later value is kept in the tag `speck.changed.<name>`.
     Nor does a tag: who asks for a cached cell has not trained it.
@@ -91,12 +120,15 @@ def ensure_run(
     """
     from mlflow.entities import Param, RunTag
 
-    run = _ensure(client, experiment, RUN_KEY, run_key, name, start_time_ms)
+    run = _ensure(client, experiment, TRAINING, training_id, name, start_time_ms)
     run_id: str = run.info.run_id
+    if training_id != run_key and RUN_KEY not in run.data.tags:
+        for earlier in _find(client, run.info.experiment_id, RUN_KEY, run_key):
+            client.set_tag(earlier.info.run_id, SUPERSEDED_BY, run_id)
     wanted = {key: _fitting(value) for key, value in params.items()}
     changed = {f"speck.changed.{key}": v for key, v in wanted.items() if run.data.params.get(key, v) != v}
     parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-    missing = {key: value for key, value in {**tags, **changed}.items() if key not in run.data.tags}
+    missing = {key: value for key, value in {RUN_KEY: run_key, **tags, **changed}.items() if key not in run.data.tags}
     new_params = [Param(key, value) for key, value in wanted.items() if key not in run.data.params]
     new_tags = [RunTag(key, value) for key, value in {**missing, **parent}.items()]
     for start in range(0, max(len(new_params), len(new_tags)), PARAMS_PER_BATCH // 2):
@@ -151,7 +183,7 @@ def replay(client: MlflowClient, run_id: str, entries: Iterable[JournalEntry]) -
 def finish(
     client: MlflowClient,
     run_id: str,
-    status: Literal["FINISHED", "FAILED"],
+    status: Literal["FINISHED", "FAILED", "KILLED"],
     *,
     scores: Mapping[str, float],
     artifacts_dir: Path | None,

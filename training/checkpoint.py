@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+NUM_CHECKPOINTS_KEPT = 2
 
 
 class CorruptCheckpoint(ValueError):

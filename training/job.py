@@ -15,8 +15,8 @@ import ray
 from ray.train import WorkerGroupError
 
 from evaluation.result import ScoreResult
-from training.checkpoint import newest_first
-from training.launch import NUM_CHECKPOINTS_KEPT, build_trainer
+from training.checkpoint import NUM_CHECKPOINTS_KEPT, newest_first
+from training.launch import build_trainer
 from training.meter import ERROR_MARK, PROGRESS_MARK
 from training.records import RunResult, hash_files, read_attempt, write_result
 

@@ -7,11 +7,13 @@ import os
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from training.meter import ERROR_MARK, PROGRESS_MARK
 from training.records import Attempt
+from training.spec import RunSpec
 
 PACKAGES = ("models", "data", "evaluation", "training")
 # Read by glibc before a process starts. Large blocks stay with the process instead of being returned to the
@@ -29,6 +32,7 @@ ALLOCATOR = (
 )
 AGENT_PATIENCE_S = 60.0
 FINISH_POLL_S = 0.3
+STOP_PATIENCE_S = 20.0
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -86,7 +90,7 @@ def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Clu
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     import ray
 
-    with _agent_at_any_port(), _without_secrets():
+    with _agent_at_any_port(), _without_secrets(), _signals_kept():
         context = ray.init(
             "local",
             num_cpus=num_cpus,
@@ -115,6 +119,19 @@ def _without_secrets() -> Iterator[None]:
 
 
 @contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray puts a handler of its own on SIGTERM; the flow's, which ends its cells in order, must stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
 def _agent_at_any_port() -> Iterator[None]:
     """`ray.init` has no argument for the job agent's port; at its fixed one a machine holds a single cluster."""
     from ray._private import parameter
@@ -133,6 +150,7 @@ class Jobs:
     def __init__(self, cluster: Cluster) -> None:
         from ray.job_submission import JobSubmissionClient
 
+        self._jobs_url = cluster.jobs_url
         self._client = JobSubmissionClient(cluster.jobs_url)
         self._resources = cluster.resources
         # Ray itself would look for any cluster on the machine, and may find another one.
@@ -152,12 +170,11 @@ class Jobs:
         Raises:
             CellFailed: the cluster is too small for the job, or did not accept it.
         """
-        compute = attempt.spec.compute
-        for kind, each in (("CPU", compute.cpus_per_worker), ("GPU", compute.gpus_per_worker)):
-            wanted, there = compute.workers * each, self._resources.get(kind)
+        for kind, wanted in demand(attempt.spec).items():
+            there = self._resources.get(kind)
             if there is not None and wanted > there:
                 raise CellFailed(
-                    f"compute asks for {compute.workers} workers with {each:g} {kind} each, this machine has "
+                    f"compute asks for {wanted:g} {kind} over {attempt.spec.compute.workers} workers, this machine has "
                     f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower"
                 )
         environment = (
@@ -180,7 +197,7 @@ class Jobs:
                     entrypoint=shlex.join(command),
                     submission_id=attempt.submission_id,
                     runtime_env={"working_dir": str(code_folder), "env_vars": environment},
-                    metadata={"run_key": attempt.run_key},
+                    metadata={"run_key": attempt.run_key} | {k: str(v) for k, v in demand(attempt.spec).items()},
                 )
             except RuntimeError as error:
                 # A node's job agent comes up seconds after the cluster answers.
@@ -189,6 +206,37 @@ class Jobs:
                 time.sleep(0.5)
             else:
                 return attempt.submission_id
+
+    def stop(self, submission_id: str) -> None:
+        """Stop a job and wait until it has ended; one that ended already is left alone.
+
+        Raises:
+            CellFailed: it still lives after STOP_PATIENCE_S.
+        """
+        deadline = time.monotonic() + STOP_PATIENCE_S
+        self._client.stop_job(submission_id)
+        while str(self._client.get_job_status(submission_id).value) not in FINAL:
+            if time.monotonic() > deadline:
+                raise CellFailed(
+                    f"Ray job {submission_id} did not stop within {STOP_PATIENCE_S:.0f} s; look at it there"
+                )
+            time.sleep(FINISH_POLL_S)
+
+    def room(self, own: Collection[str]) -> dict[str, float]:
+        """CPUs and GPUs of the cluster's living nodes that no other run's job asked for; jobs of `own` run keys
+        do not count."""
+        from ray.util.state import list_nodes
+
+        room = {"CPU": 0.0, "GPU": 0.0}
+        for node in list_nodes(address=self._jobs_url, filters=[("state", "=", "ALIVE")], limit=10_000):
+            for kind in room:
+                room[kind] += (node.resources_total or {}).get(kind, 0.0)
+        for job in self._client.list_jobs():
+            told = job.metadata or {}
+            if str(job.status.value) not in FINAL and told.get("run_key") not in own:
+                for kind in room:
+                    room[kind] -= float(told.get(kind, 0.0))
+        return room
 
     def follow(
         self, submission_id: str, on_line: Callable[[str], None], finished: Callable[[], bool] = lambda: False
@@ -228,6 +276,12 @@ class Jobs:
         if str(status.value) != "SUCCEEDED":
             cause = "; ".join(causes) or self._client.get_job_info(submission_id).message.splitlines()[0]
             raise CellFailed(f"Ray job {submission_id} ended {status.value}: {cause}\n" + "\n".join(tail))
+
+
+def demand(spec: RunSpec) -> dict[str, float]:
+    """CPUs and GPUs that a run's workers ask for."""
+    compute = spec.compute
+    return {"CPU": compute.workers * compute.cpus_per_worker, "GPU": compute.workers * compute.gpus_per_worker}
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from typing import Any
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from training.checkpoint import NUM_CHECKPOINTS_KEPT
 from training.records import Attempt, journal_entry, write_entry
 from training.worker import train_worker
-
-NUM_CHECKPOINTS_KEPT = 2
 
 
 def build_trainer(attempt: Attempt, run_folder: Path) -> TorchTrainer:

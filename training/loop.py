@@ -26,7 +26,7 @@ from training.meter import Meter, Progress
 from training.optimizer import learning_rate_at, set_learning_rate
 from training.scoring import Scored, score_split
 from training.spec import RunSpec
-from training.state import TrainingState, build_state, restore, save
+from training.state import TrainingState, WarmStart, build_state, restore, save, warm_start
 from training.workers import Workers
 
 MAX_NON_FINITE_STEPS = 20
@@ -38,30 +38,39 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Hooks:
-    """What the surroundings do with news. All ranks call `report`; only rank 0 calls `progress`.
+    """What the surroundings do with news. All ranks call `report` and `warm_started`; only rank 0 calls `progress`.
 
     `report(metrics, step, epoch, save)`: `save(folder, report)` writes a checkpoint there.
     """
 
     report: Callable[[dict[str, float], int, int, Callable[..., object]], None]
     progress: Callable[[Progress], None] = field(default=lambda _: None)
+    warm_started: Callable[[WarmStart], None] = field(default=lambda _: None)
 
 
 def train(
-    spec: RunSpec, dataset_folder: Path, workers: Workers, hooks: Hooks, checkpoint: Path | None = None
+    spec: RunSpec,
+    dataset_folder: Path,
+    workers: Workers,
+    hooks: Hooks,
+    checkpoint: Path | None = None,
+    initial_weights: Path | None = None,
 ) -> tuple[TrainingState, Scored | None]:
-    """Train to the last epoch, from `checkpoint` when given.
+    """Train to the last epoch, from `checkpoint` when given, else from `initial_weights` when given.
 
     Returns the final state, and on rank 0 the score of its weight average on the validation split.
 
     Raises:
         ValueError: the training split is smaller than one global batch.
+        UnfitWeights: see `warm_start`.
         Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row.
     """
     torch.manual_seed(spec.seed)
     state = build_state(spec, workers.device)
     if checkpoint is not None:
         restore(state, checkpoint)
+    elif initial_weights is not None:
+        hooks.warm_started(warm_start(state, initial_weights))
     parallel = DistributedDataParallel(state.model) if workers.world_size > 1 else state.model
     dataset, sampler, loader = _training_data(spec, dataset_folder, workers)
     validation: Scored | None = None

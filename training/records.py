@@ -68,7 +68,7 @@ def record_attempt(
     run_folder: Path, spec: RunSpec, *, data_source: str, code_hash: str, provenance: Mapping[str, str] | None = None
 ) -> Attempt:
     """Write the next attempt's record into the run folder and return it."""
-    number = len(list((run_folder / "attempts").glob("*.json"))) + 1
+    number = max(_attempt_numbers(run_folder), default=0) + 1
     attempt = Attempt(
         run_key=spec.run_key,
         number=number,
@@ -82,6 +82,29 @@ def record_attempt(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, attempt.model_dump(mode="json"))
     return attempt
+
+
+def _attempt_numbers(run_folder: Path) -> list[int]:
+    """Numbers of this training's attempts, and of those that were put aside before it."""
+    folders = [run_folder, *_superseded(run_folder).glob("*")]
+    return [int(path.stem) for folder in folders for path in (folder / "attempts").glob("*.json")]
+
+
+def training_id(run_folder: Path) -> str:
+    """The run key, and from the second training on which attempt began it: `<run key>.<attempt>`."""
+    first = min((int(path.stem) for path in (run_folder / "attempts").glob("*.json")), default=1)
+    return run_folder.name if first == 1 else f"{run_folder.name}.{first}"
+
+
+def supersede(run_folder: Path) -> Path:
+    """Put a finished training aside, whole, so that the run can be trained anew; returns where it lies now."""
+    aside = _superseded(run_folder) / training_id(run_folder)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    return run_folder.rename(aside)
+
+
+def _superseded(run_folder: Path) -> Path:
+    return run_folder.parent.parent / "superseded" / run_folder.name
 
 
 def attempt_path(run_folder: Path, number: int) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,11 @@ class DatasetSpec(_Section):
 
 
 class TrainingSpec(_Section):
-    """The recipe. `batch_size` counts images per optimiser step over all workers."""
+    """The recipe. `batch_size` counts images per optimiser step over all workers.
+
+    `warm_start`: the weights to begin with. In an experiment `champion`, a run key or a file; in a run's spec
+    `sha256:<hex>` of what that was.
+    """
 
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -52,6 +57,8 @@ class TrainingSpec(_Section):
     ema_ramp_steps: float = Field(2000.0, gt=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     validate_every_epochs: int = Field(1, ge=1)
+    # Left out where there is none: the keys of runs that start cold stay what they were before this field was there.
+    warm_start: str | None = Field(None, exclude_if=lambda weights: weights is None)
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -103,6 +110,8 @@ class RunSpec(_Section):
     def _resolved(self) -> RunSpec:
         if self.training.precision == "auto":
             raise ValueError("training.precision must be resolved before a run has an identity; use resolve_precision")
+        if self.training.warm_start is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", self.training.warm_start):
+            raise ValueError("training.warm_start must be resolved to sha256:<hex> before a run has an identity")
         return self
 
     @property
@@ -111,6 +120,10 @@ class RunSpec(_Section):
         told = {"description", "licence", "source"}
         identity = self.model_dump(mode="json", exclude={"scoring": True, "compute": True, "dataset": {"card": told}})
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
+
+    def with_warm_start(self, weights: str | None) -> RunSpec:
+        """The same run, begun with other weights (`sha256:<hex>`), or with none."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"warm_start": weights})})
 
     @property
     def title(self) -> str:

@@ -13,9 +13,13 @@ from torch.optim.swa_utils import AveragedModel
 
 import models
 from models.interface import Detector
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import file_sha256, load_checkpoint, save_checkpoint
 from training.optimizer import build_optimizer, weight_average
 from training.spec import RunSpec
+
+
+class UnfitWeights(ValueError):
+    """Weights that a run was to start from and that have nothing for it."""
 
 
 @dataclass
@@ -49,6 +53,40 @@ def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
     """Freshly initialised model, average and optimiser on `device`."""
     model = build_model(spec).to(device)
     return TrainingState(model, weight_average(model, spec.training), build_optimizer(model, spec.training))
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """How many tensors of the model were taken from other weights, and the names of those that were not."""
+
+    num_taken: int
+    left: tuple[str, ...]
+
+
+def warm_start_path(storage: Path, weights: str) -> Path:
+    """Where weights named `sha256:<hex>` lie in storage."""
+    return storage.parent / "warm_starts" / f"{weights.removeprefix('sha256:')}.safetensors"
+
+
+def warm_start(state: TrainingState, path: Path) -> WarmStart:
+    """Begin with the weights in a safetensors file; tensors whose name or shape differs stay as initialised.
+
+    Raises:
+        UnfitWeights: the file's bytes are not those of its name, or no tensor fits.
+    """
+    from safetensors.torch import load_file
+
+    if file_sha256(path) != path.stem:
+        raise UnfitWeights(f"{path} differs from the sha256 in its name; delete it and plan again")
+    known, given = state.model.state_dict(), load_file(path)
+    fitting = {name: value for name, value in given.items() if name in known and value.shape == known[name].shape}
+    if not any(value.is_floating_point() for value in fitting.values()):
+        raise UnfitWeights(
+            f"no tensor of {path} has the name and shape of one in this architecture; use its own weights"
+        )
+    state.model.load_state_dict(fitting, strict=False)
+    state.average.module.load_state_dict(state.model.state_dict())
+    return WarmStart(len(fitting), tuple(sorted(known.keys() - fitting.keys())))
 
 
 def save(spec: RunSpec, state: TrainingState, folder: Path, report: Mapping[str, float] | None = None) -> None:

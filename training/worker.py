@@ -18,6 +18,7 @@ from training.loop import Hooks, train
 from training.meter import PROGRESS_MARK, Progress
 from training.records import Attempt, complete_journal, split_finite
 from training.scoring import score_split, write_artifacts
+from training.state import WarmStart, warm_start_path
 from training.system import SystemMeter
 from training.workers import Workers
 
@@ -45,15 +46,21 @@ def train_worker(config: dict[str, Any]) -> None:
         f"data ready on {workers.world_size} workers after {time.monotonic() - started:.1f} s, "
         + (f"resuming from {checkpoint.name}" if checkpoint else "starting at epoch 1"),
     )
-    hooks = Hooks(report=_reporter(workers), progress=lambda news: print(f"{PROGRESS_MARK} {_line(news)}", flush=True))
-    state, validation = train(spec, dataset_folder, workers, hooks, checkpoint)
+    hooks = Hooks(
+        report=_reporter(workers),
+        progress=lambda news: _say(workers, _line(news)),
+        warm_started=lambda taken: _say(workers, _warm_start_line(taken)),
+    )
+    weights = spec.training.warm_start
+    initial_weights = None if weights is None else warm_start_path(run_folder.parent, weights)
+    state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial_weights)
     trained = time.monotonic()
     _say(workers, "scoring on the test split")
     test = score_split(spec, state.average.module, dataset_folder, "test", workers)
     if validation is not None and test is not None:
         seconds = {"train": trained - started, "score_test": time.monotonic() - trained}
-        weights = state.average.module.state_dict()
-        write_artifacts(spec, weights, {"val": validation, "test": test}, seconds, dataset_folder, run_folder)
+        final = state.average.module.state_dict()
+        write_artifacts(spec, final, {"val": validation, "test": test}, seconds, dataset_folder, run_folder)
     # A barrier: no worker may leave while rank 0 still writes.
     ray.train.report({})
 
@@ -90,6 +97,11 @@ def _line(news: Progress) -> str:
         f"epoch {news.epoch}/{news.epochs} step {news.step}/{news.steps} loss {news.loss:.3f} "
         f"{news.images_per_s:.1f} img/s ETA {minutes}:{seconds:02d}"
     )
+
+
+def _warm_start_line(taken: WarmStart) -> str:
+    left = f", left as initialised: {', '.join(taken.left)}" if taken.left else ""
+    return f"warm start: {taken.num_taken} of {taken.num_taken + len(taken.left)} tensors taken{left}"
 
 
 def _say(workers: Workers, message: str) -> None:

@@ -101,8 +101,9 @@ def test_a_changed_file_is_noticed_before_its_code_runs(packaged: Path, tmp_path
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     dataset = DatasetRef("dots", "0" * 32 + ".dir", "/srv/dots", {"test": 3})
     run_id = ensure_run(
-        client, experiment="dots", run_key="aaa", name="x", params={}, tags={}, dataset=dataset, start_time_ms=1
-    )
+        client, experiment="dots", run_key="aaa", training_id="aaa", name="x", params={}, tags={}, dataset=dataset,
+        start_time_ms=1,
+    )  # fmt: skip
     version = register(
         client, model_name="dots", run_id=run_id, run_key="aaa", model_folder=packaged, tags={}, scores={}
     )

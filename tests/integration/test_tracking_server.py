@@ -49,6 +49,7 @@ def start(client: Any, run_key: str, **more: Any) -> str:
         client,
         experiment="dots",
         run_key=run_key,
+        training_id=run_key,
         name="yolox-nano",
         params={"training.learning_rate": "0.01"},
         tags={"mlflow.source.git.commit": "f" * 40},

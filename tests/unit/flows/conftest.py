@@ -54,7 +54,13 @@ def make_result() -> Callable[..., RunResult]:
 
     def make(spec: RunSpec, val_ap: float | None, test_ap: float | None, **changes: Any) -> RunResult:
         scores = {"val": _score(spec, "val", val_ap), "test": _score(spec, "test", test_ap)}
-        values = {"files": {}, "attempts": 1, "seconds": {"score_test": 2.0}, "code_hash": "c0de", "finished_ms": 1_000}
+        values = {
+            "files": {},
+            "attempts": 1,
+            "seconds": {"score_test": 2.0, "job": 60.0},
+            "code_hash": "c0de",
+            "finished_ms": 1_000,
+        }
         return RunResult(run_key=spec.run_key, spec=spec, scores=scores, **(values | changes))
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,7 +154,12 @@ def test_plan_json_tells_every_cell_and_writes_nothing(speck: Speck, settings: S
     assert len({cell["run_key"] for cell in answer["cells"]}) == 4
     assert what_is_in(settings.home) == []
     text = speck("plan", *axes)[1]
-    assert [line.split()[:2] for line in text.splitlines()] == [[cell["run_key"], "train"] for cell in answer["cells"]]
+    *lines, total = text.splitlines()
+    assert [
+        re.findall(r": train \((\w+)\): nothing was trained .*; about .* \(from probe\)", line) for line in lines
+    ] == [[cell["run_key"]] for cell in answer["cells"]]
+    assert total.startswith("4 cells, 4 to train: about ")
+    assert all(cell["estimated_s"] > 0 and cell["estimated_disk_bytes"] > 2**20 for cell in answer["cells"])
 
 
 def test_models_json_is_the_table_of_architectures(speck: Speck) -> None:

@@ -7,6 +7,7 @@ import pytest
 from data.card import UnknownDataset
 from flows.experiment import RUNS, BadExperiment, load_experiment
 from models.settings import UnknownArchitecture, UnknownSetting
+from training.spec import RunSpec
 
 VERSIONS = {"sample-aerial": "0" * 32}
 SMALL = """
@@ -117,7 +118,11 @@ def test_a_file_anywhere_is_an_experiment_and_axes_replace_its_own(tmp_path: Pat
         ("training.epochs", r"--set 'training\.epochs': expected key\.path=value"),
         ("=3", r"--set '=3': expected key\.path=value"),
         ("training.epochs=[3", r"--set 'training\.epochs=\[3': the value is not YAML"),
-        ("settings.yolox-s.width=1", r"settings\.yolox-s: not among the architectures \['yolox-nano'\]"),
+        ("settings.yolox-s.width=1", r"settings\.yolox-s: not in the matrix \(yolox-nano\)"),
+        ("training_by_dataset.sample-surface.epochs=3", r"training_by_dataset\.sample-surface: not in the matrix"),
+        ("training_by_dataset.sample-aerial.epoch=3", r"epoch: unknown key\. Did you mean 'epochs'\?"),
+        ("training_by_dataset.sample-aerial.epochs=0", r"training_by_dataset\.sample-aerial: epochs: .*, got 0"),
+        ("training_by_dataset.sample-aerial.batch_size=1", r"batch_size must be at least compute\.workers"),
     ],
 )
 def test_a_bad_change_names_key_value_and_remedy(small: Path, change: str, message: str) -> None:
@@ -154,3 +159,38 @@ def test_a_file_that_is_no_experiment(tmp_path: Path, text: str, message: str) -
     path.write_text(text)
     with pytest.raises(BadExperiment, match=message):
         load_experiment(path)
+
+
+def test_a_dataset_may_have_a_recipe_of_its_own_down_to_one_augmentation(small: Path) -> None:
+    changes = ["training_by_dataset.sample-aerial={input_size_px: 64, augment: {translate: 0.3}}"]
+    base, changed = load_experiment(small), load_experiment(small, changes)
+    assert changed.training == base.training
+    training = changed.training_for("sample-aerial")
+    assert (training.input_size_px, training.augment.translate) == (64, 0.3)
+    assert training.augment.flip_probability == base.training.augment.flip_probability
+    (cell,) = changed.cells({"sample-aerial": "0" * 32})
+    assert (cell.training.input_size_px, cell.training.epochs) == (64, base.training.epochs)
+
+
+def test_settings_of_an_architecture_that_was_not_chosen_do_no_harm(small: Path) -> None:
+    sets = ["architectures=[yolox-nano, yolox-s]", "settings.yolox-s.width=0.25"]
+    assert load_experiment(small, sets, architectures=["yolox-nano"]).architectures == ("yolox-nano",)
+
+
+def test_a_dataset_without_a_version_has_no_cells(small: Path) -> None:
+    assert load_experiment(small).cells({}) == []
+
+
+def test_a_warm_start_is_asked_for_each_cold_cell_and_is_part_of_its_key(small: Path) -> None:
+    weights = f"sha256:{'5' * 64}"
+    asked = []
+
+    def warm_start(spec: RunSpec) -> str | None:
+        asked.append(spec.run_key)
+        return weights if spec.seed else None
+
+    experiment = load_experiment(small, ["training.warm_start=champion", "seeds=[0, 1]"])
+    cold, warm = experiment.cells({"sample-aerial": "0" * 32}, warm_start)
+    assert (cold.training.warm_start, warm.training.warm_start) == (None, weights)
+    assert asked == [cold.run_key, warm.with_warm_start(None).run_key]
+    assert len({*asked, warm.run_key}) == 3

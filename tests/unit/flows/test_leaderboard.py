@@ -5,8 +5,21 @@ from collections.abc import Callable
 
 import pytest
 
-from flows.cells import CellOutcome, PlannedCell
-from flows.leaderboard import COLUMNS, Row, as_json, as_markdown, as_table, make_rows
+from flows.cells import CellOutcome
+from flows.leaderboard import (
+    COLUMNS,
+    Row,
+    Summary,
+    as_json,
+    as_markdown,
+    as_tables,
+    make_rows,
+    ordered,
+    spent,
+    summarise_seeds,
+    unplanned_rows,
+)
+from flows.plan import Estimate, PlannedCell
 from training.jobs import CellFailed
 from training.records import RunResult
 from training.spec import RunSpec
@@ -22,7 +35,8 @@ def cells(cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResul
         outcome = CellOutcome(
             make_result(spec, val_ap, test_ap), "f00", wall_s is None, {} if wall_s is None else {"wall": wall_s}
         )
-        return PlannedCell(spec, state, "", ""), outcome  # type: ignore[arg-type]
+        estimate = Estimate(4.0, 1, "probe") if state == "resume" else None
+        return PlannedCell(spec, state, "", "", estimate=estimate), outcome  # type: ignore[arg-type]
 
     failure = CellFailed("Ray job 1-1 ended FAILED: the loss is not finite\nTraceback (most recent call last):\n  ...")
     return [
@@ -38,20 +52,24 @@ def key(cell: Cell) -> str:
     return cell[0].spec.run_key
 
 
-def test_rows_go_by_dataset_and_then_by_validation_score(cells: list[Cell]) -> None:
-    rows = make_rows(cells, {key(cells[2])})
+def test_order_is_dataset_then_the_mean_over_seeds_on_val(cells: list[Cell]) -> None:
+    rows = ordered(make_rows(cells, {key(cells[2])}))
     assert [(row.dataset, row.architecture, row.state) for row in rows] == [
         ("apples", "yolox-tiny", "cached"),
         ("apples", "yolox-nano", "resumed"),
-        ("apples", "yolox-s", "failed"),
         ("apples", "yolox-m", "trained"),
+        ("apples", "yolox-s", "failed"),
         ("zebras", "yolox-nano", "trained"),
     ]
     assert [row.champion for row in rows] == [True, False, False, False, False]
     assert rows[0] == Row(
-        "apples", "yolox-tiny", 0, key(cells[2]), "cached", val_ap=0.5, test_ap=0.25, test_ap50=0.625, champion=True
-    )
-    assert (rows[1].wall_s, rows[3].val_ap, rows[3].error) == (5.0, None, None)
+        "apples", "yolox-tiny", 0, key(cells[2]), "cached", val_ap=0.5, test_ap=0.25, test_ap50=0.625, trained_s=60.0,
+        champion=True,
+    )  # fmt: skip
+    assert (rows[1].wall_s, rows[1].estimated_s, rows[2].val_ap) == (5.0, 4.0, None)
+    # One worker with one CPU for 5 s.
+    assert rows[1].cpu_hours == pytest.approx(5 / 3600)
+    assert (rows[0].cpu_hours, rows[1].gpu_hours) == (0.0, 0.0)
 
 
 def test_a_failed_cell_says_why_in_one_line(cells: list[Cell]) -> None:
@@ -62,30 +80,74 @@ def test_a_failed_cell_says_why_in_one_line(cells: list[Cell]) -> None:
     assert silent.error == "KeyError()"
 
 
-def test_markdown_is_a_table_of_the_same_cells(cells: list[Cell]) -> None:
-    rows = make_rows(cells, {key(cells[2])})
+def test_a_dataset_without_a_version_fails_each_of_its_cells() -> None:
+    rows = unplanned_rows("pears", ["yolox-nano", "yolox-s"], [0, 1], ValueError("no such folder\nfirst\nsecond"))
+    assert [(row.title, row.state, row.error) for row in rows] == [
+        (f"{name} / pears / seed {seed}", "failed", "no such folder")
+        for name in ("yolox-nano", "yolox-s") for seed in (0, 1)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def seeds(cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult]) -> list[Row]:
+    """Three seeds, of which one failed, of one architecture, and one of another."""
+    cells: list[Cell] = []
+    for seed, ap in enumerate((0.25, 0.5, None)):
+        spec = cell_spec("yolox-nano", "apples", seed=seed)
+        outcome = CellFailed("killed") if ap is None else CellOutcome(make_result(spec, ap, ap / 2), "f", True, {})
+        cells.append((PlannedCell(spec, "cached", "", ""), outcome))
+    spec = cell_spec("yolox-tiny", "apples")
+    cells.append((PlannedCell(spec, "cached", "", ""), CellOutcome(make_result(spec, 0.3, 0.3), "f", True, {})))
+    return ordered(make_rows(cells, set()))
+
+
+def test_mean_and_spread_over_seeds_leave_out_the_failed_one(seeds: list[Row]) -> None:
+    assert [row.architecture for row in seeds] == ["yolox-nano"] * 3 + ["yolox-tiny"]
+    nano, tiny = summarise_seeds(seeds)
+    assert (nano.num_seeds, nano.num_failed, tiny.num_seeds, tiny.spread) == (3, 1, 1, {})
+    assert nano.mean["val_ap"] == pytest.approx(0.375)
+    # The sample standard deviation of two values is their distance over the square root of two.
+    assert nano.spread["val_ap"] == pytest.approx(0.25 / 2**0.5)
+    assert nano.mean["test_ap"] == pytest.approx(0.1875)
+    line = as_markdown(seeds).splitlines()[2]
+    assert [text.strip() for text in line.strip("|").split("|")][:5] == [
+        "apples", "yolox-nano", "mean of 2", "0.375 ±0.177", "0.188 ±0.088",
+    ]  # fmt: skip
+
+
+def test_markdown_has_a_line_for_every_cell(cells: list[Cell]) -> None:
+    rows = ordered(make_rows(cells, {key(cells[2])}))
     table = [
         [text.strip() for text in line.removeprefix("|").removesuffix("|").split("|")]
         for line in as_markdown(rows).splitlines()
     ]
-    assert {len(line) for line in table} == {len(COLUMNS)}
-    assert (table[0], set(table[1])) == (list(COLUMNS), {"---"})
+    assert table[0] == ["dataset", *COLUMNS]
+    assert ({len(line) for line in table}, set(table[1])) == ({len(table[0])}, {"---"})
     assert [line[:3] for line in table[2:]] == [[row.dataset, row.architecture, str(row.seed)] for row in rows]
-    by_name = dict(zip(COLUMNS, table[2], strict=True))
+    by_name = dict(zip(table[0], table[2], strict=True))
     assert (by_name["val AP"], by_name["test AP"], by_name["AP50"], by_name["AP small"]) == (
         "0.500", "0.250", "0.625", "-",
     )  # fmt: skip
     assert (by_name["time"], by_name["state"], by_name[""]) == ("-", f"cached {key(cells[2])}", "champion")
-    assert dict(zip(COLUMNS, table[6], strict=True))["time"] == "61 s"
+    zebra = dict(zip(table[0], table[6], strict=True))
+    assert (zebra["time"], zebra["estimated"], zebra["cost"]) == ("61 s", "-", "0.02 CPU-h")
 
 
-def test_the_terminal_table_has_the_same_rows(cells: list[Cell]) -> None:
-    rows = make_rows(cells, set())
-    table = as_table(rows)
-    assert table.row_count == len(rows)
-    assert list(table.columns[1].cells) == [row.architecture for row in rows]
+def test_the_terminal_has_a_table_for_each_dataset(cells: list[Cell]) -> None:
+    rows = ordered(make_rows(cells, set()))
+    apples, zebras = as_tables(rows)
+    assert (apples.row_count, zebras.row_count) == (4, 1)
+    assert list(apples.columns[0].cells) == [row.architecture for row in rows if row.dataset == "apples"]
 
 
-def test_json_gives_every_field_back(cells: list[Cell]) -> None:
-    rows = make_rows(cells, {key(cells[2])})
-    assert [Row(**row) for row in json.loads(json.dumps(as_json(rows), allow_nan=False))] == rows
+def test_what_was_spent_and_saved(cells: list[Cell]) -> None:
+    assert spent(make_rows(cells, set())) == (
+        "5 cells: 3 trained in 68 s, 0.02 CPU-h; 1 reused, which saved 60 s; 1 failed"
+    )
+    assert spent(make_rows(cells[1:2], set())) == "1 cells: 1 trained in 5 s (estimated 4 s), 0.00 CPU-h"
+
+
+def test_json_gives_every_field_back(cells: list[Cell], seeds: list[Row]) -> None:
+    content = json.loads(json.dumps(as_json(seeds), allow_nan=False))
+    assert [Row(**row) for row in content["rows"]] == seeds
+    assert [Summary(**each) for each in content["summary"]] == summarise_seeds(seeds)

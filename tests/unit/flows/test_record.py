@@ -38,10 +38,11 @@ def test_a_store_that_is_not_there_costs_one_warning(
                      metrics={"train/loss": 1.0}),
     )  # fmt: skip
     recorder = Recorder(uri, None, warnings.append)
-    recorder.begin(Attempt(run_key=spec.run_key, number=1, spec=spec, data_source="", code_hash="c", submitted_ms=1))
+    attempt = Attempt(run_key=spec.run_key, number=1, spec=spec, data_source="", code_hash="c", submitted_ms=1)
+    recorder.begin(attempt, tmp_path)
     recorder.sync(tmp_path)
     recorder.finish(tmp_path, make_result(spec, 0.25, 0.5))
-    recorder.fail(tmp_path)
+    recorder.end(tmp_path, "FAILED")
     assert recorder.run_id is None
     assert len(warnings) == 1
     assert uri in warnings[0]

@@ -14,8 +14,9 @@ DATASET = DatasetRef("dots", "0" * 32 + ".dir", "/srv/dots", {"test": 3})
 
 def registered(client: Any, model_name: str, run_key: str, folder: Path, score: float = 0.5) -> int:
     run_id = ensure_run(
-        client, experiment=model_name, run_key=run_key, name="x", params={}, tags={}, dataset=DATASET, start_time_ms=1
-    )
+        client, experiment=model_name, run_key=run_key, training_id=run_key, name="x", params={}, tags={},
+        dataset=DATASET, start_time_ms=1,
+    )  # fmt: skip
     return register(
         client,
         model_name=model_name,

@@ -25,7 +25,7 @@ def start(client: Any, run_key: str, **changes: Any) -> str:
         "dataset": DATASET,
         "start_time_ms": 1_000,
     }
-    return ensure_run(client, run_key=run_key, **(values | changes))
+    return ensure_run(client, run_key=run_key, **({"training_id": run_key} | values | changes))
 
 
 def epochs(count: int, first_ms: int = 1_000, first_step: int = 0) -> list[JournalEntry]:
@@ -62,11 +62,22 @@ def test_a_deleted_run_and_a_deleted_experiment_come_back(client: Any) -> None:
 def test_a_run_created_twice_by_a_lost_answer_is_one_run_afterwards(client: Any) -> None:
     run_id = start(client, "twice")
     experiment_id = client.get_run(run_id).info.experiment_id
-    twin = client.create_run(experiment_id, start_time=2_000, tags={"speck.run_key": "twice"}).info.run_id
+    twin = client.create_run(experiment_id, start_time=2_000, tags={"speck.training": "twice"}).info.run_id
     assert [start(client, "twice") for _ in range(2)] == [run_id, run_id]
     tags = client.get_run(twin).data.tags
-    assert "speck.run_key" not in tags
+    assert "speck.training" not in tags
     assert tags["speck.duplicate_of"] == run_id
+
+
+def test_another_training_of_a_run_key_has_a_run_of_its_own_and_the_earlier_one_points_to_it(client: Any) -> None:
+    first = start(client, "again")
+    second = start(client, "again", training_id="again.3")
+    assert second != first
+    assert start(client, "again", training_id="again.3") == second
+    runs = [client.get_run(run_id).data.tags for run_id in (first, second)]
+    assert [tags["speck.run_key"] for tags in runs] == ["again", "again"]
+    assert runs[0]["speck.superseded_by"] == second
+    assert "speck.superseded_by" not in runs[1]
 
 
 def test_a_cell_has_its_latest_parent_and_every_parent_lists_it(client: Any) -> None:
@@ -237,5 +248,5 @@ def test_a_score_that_is_not_finite_closes_nothing(client: Any) -> None:
 
 
 def test_a_run_key_that_could_change_the_search_is_refused(client: Any) -> None:
-    with pytest.raises(ValueError, match=r"speck\.run_key"):
+    with pytest.raises(ValueError, match=r"speck\.training"):
         start(client, "x' OR 'a' = 'a")

@@ -1,0 +1,197 @@
+"""What there is to do for each cell, why, and how long and how much disk it will probably take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import models
+from data.summary import summarise
+from evaluation.result import score_key
+from flows.settings import REPO, Settings
+from training.checkpoint import NUM_CHECKPOINTS_KEPT, CorruptCheckpoint, newest_first, verify_checkpoint
+from training.code import training_code_hash
+from training.probe import Probe, probe
+from training.records import CorruptResult, JournalEntry, RunResult, read_journal, read_result
+from training.scoring import score_options
+from training.spec import RunSpec
+
+OnCodeChange = Literal["warn", "retrain"]
+State = Literal["cached", "stale", "score", "resume", "train"]
+# Of a cell beside training and scoring where none ran yet: starting the Ray job and its workers, and ending it.
+OVERHEAD_S = 25.0
+# Of that, what a run does not know of itself: submitting its job, and noticing the end.
+OUTSIDE_JOB_S = 8.0
+# Pictures, detections and curves beside the weights.
+PICTURES_BYTES = 5 * 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds and bytes that a cell will probably take from now on, and what that is taken from."""
+
+    seconds: float
+    disk_bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with what will happen to it, and why; `superseding` when a finished training is to be put aside first."""
+
+    spec: RunSpec
+    state: State
+    why: str
+    code_hash: str
+    superseding: bool = False
+    epochs_done: int = 0
+    estimate: Estimate | None = None
+
+    @property
+    def trains(self) -> bool:
+        """True if a Ray job has to run."""
+        return self.state in {"train", "resume"}
+
+
+def plan_cells(
+    specs: Sequence[RunSpec], settings: Settings, on_code_change: OnCodeChange = "warn"
+) -> list[PlannedCell]:
+    """Plan every cell, with an estimate for those that need training."""
+    planned = [plan_cell(spec, settings, on_code_change) for spec in specs]
+    pace = _Pace(settings.storage)
+    return [replace(cell, estimate=pace.estimate(cell)) if cell.trains else cell for cell in planned]
+
+
+def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = "warn") -> PlannedCell:
+    """Decide from what lies in storage whether a cell is done, half done or new."""
+    run_folder = settings.storage / spec.run_key
+    code_hash = training_code_hash(REPO, models.ARCHITECTURES[spec.architecture.name].build.__module__)
+    try:
+        result = read_result(run_folder)
+    except CorruptResult as error:
+        return PlannedCell(spec, "resume", f"its result is damaged: {error}", code_hash)
+    if result is not None:
+        return _plan_finished(spec, result, code_hash, on_code_change)
+    for folder in newest_first(run_folder):
+        try:
+            manifest = verify_checkpoint(folder)
+        except CorruptCheckpoint:
+            continue
+        why = f"stopped after epoch {manifest.epoch} of {spec.training.epochs}"
+        return PlannedCell(spec, "resume", why, code_hash, epochs_done=manifest.epoch)
+    return PlannedCell(spec, "train", "nothing was trained with this configuration and data", code_hash)
+
+
+def _plan_finished(spec: RunSpec, result: RunResult, code_hash: str, on_code_change: OnCodeChange) -> PlannedCell:
+    finished = f"finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(result.finished_ms / 1000))}"
+    other_code = f"{finished} by other code ({result.code_hash}, now {code_hash})"
+    stale = result.code_hash != code_hash
+    if stale and on_code_change == "retrain":
+        return PlannedCell(spec, "train", other_code, code_hash, superseding=True)
+    if result.scores["test"].score_key != score_key("coco", score_options(spec)):
+        return PlannedCell(spec, "score", "trained, but scored under other options or by other code", code_hash)
+    if stale:
+        return PlannedCell(spec, "stale", f"{other_code}; --on-code-change retrain trains it again", code_hash)
+    return PlannedCell(spec, "cached", finished, code_hash)
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Seconds per image over all workers, seconds beside these, bytes of a run's folder."""
+
+    train_s_per_image: float
+    score_s_per_image: float
+    overhead_s: float
+    disk_bytes: int
+    source: str
+
+
+class _Pace:
+    """Speeds by kind of cell, each found out once."""
+
+    def __init__(self, storage: Path) -> None:
+        self._finished = _finished_runs(storage)
+        self._known: dict[str, _Speed | None] = {}
+        self._num_images: dict[str, dict[str, int]] = {}
+
+    def estimate(self, cell: PlannedCell) -> Estimate | None:
+        """The rest of a cell's training and its scoring; None where nothing can be said."""
+        spec, training = cell.spec, cell.spec.training
+        kind = str(_kind(spec))
+        if kind not in self._known:
+            self._known[kind] = self._speed(spec)
+        speed = self._known[kind]
+        if speed is None:
+            return None
+        if spec.dataset.name not in self._num_images:
+            self._num_images[spec.dataset.name] = summarise(spec.dataset.name, REPO).num_images
+        counts = self._num_images[spec.dataset.name]
+        if not counts:
+            return None
+        epochs = range(cell.epochs_done + 1, training.epochs + 1)
+        every = training.validate_every_epochs
+        validations = sum(epoch % every == 0 or epoch == training.epochs for epoch in epochs)
+        seconds = len(epochs) * counts["train"] * speed.train_s_per_image
+        seconds += (validations * counts["val"] + counts["test"]) * speed.score_s_per_image + speed.overhead_s
+        return Estimate(seconds, speed.disk_bytes, speed.source)
+
+    def _speed(self, spec: RunSpec) -> _Speed | None:
+        alike = [(folder, result) for folder, result in self._finished if _kind(result.spec) == _kind(spec)]
+        if alike:
+            folder, result = max(alike, key=lambda pair: pair[1].finished_ms)
+            return _measured(folder, result)
+        probed = probe(spec)
+        return None if probed is None else _probed(probed, spec.compute.workers)
+
+
+def _kind(spec: RunSpec) -> tuple[Any, ...]:
+    """Cells of one kind train and score an image in the same time."""
+    training, compute = spec.training, spec.compute
+    per_worker = (compute.workers, compute.cpus_per_worker, compute.gpus_per_worker)
+    settings = tuple(sorted((name, str(value)) for name, value in spec.architecture.settings.items()))
+    sizes = (training.input_size_px, training.batch_size, training.precision, training.optimizer)
+    return (spec.architecture.name, settings, sizes, per_worker)
+
+
+def _finished_runs(storage: Path) -> list[tuple[Path, RunResult]]:
+    found = []
+    for path in sorted(storage.glob("*/result.json")):
+        try:
+            found.append((path.parent, RunResult.model_validate_json(path.read_bytes())))
+        except (OSError, ValueError):
+            continue  # The plan of its own cell says that it is damaged.
+    return found
+
+
+def _measured(folder: Path, result: RunResult) -> _Speed | None:
+    entries = read_journal(folder)
+    train_s = sum(entry.metrics.get("time/train_s", 0.0) for entry in entries)
+    images = sum(_images_trained(entry) for entry in entries)
+    if not images:
+        return None
+    in_job = [entry for entry in entries if entry.attempt == result.attempts]
+    busy = sum(entry.seconds for entry in in_job) + result.seconds["score_test"]
+    return _Speed(
+        train_s_per_image=train_s / images,
+        score_s_per_image=result.seconds["score_test"] / max(1, result.scores["test"].counts["num_images"]),
+        overhead_s=max(0.0, result.seconds["job"] - busy) + OUTSIDE_JOB_S,
+        disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        source=f"run {result.run_key}",
+    )
+
+
+def _images_trained(entry: JournalEntry) -> float:
+    return entry.metrics.get("train/images_per_s", 0.0) * entry.metrics.get("time/train_s", 0.0)
+
+
+def _probed(found: Probe, workers: int) -> _Speed:
+    return _Speed(
+        train_s_per_image=found.train_s_per_image / workers,
+        score_s_per_image=found.score_s_per_image / workers,
+        overhead_s=OVERHEAD_S,
+        disk_bytes=NUM_CHECKPOINTS_KEPT * found.checkpoint_bytes + found.checkpoint_bytes // 4 + PICTURES_BYTES,
+        source="probe",
+    )

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from training.checkpoint import file_sha256
+from training.spec import RunSpec
+from training.state import TrainingState, UnfitWeights, build_state, warm_start
+
+
+def keep(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "x.safetensors")
+    return (folder / "x.safetensors").rename(folder / f"{file_sha256(folder / 'x.safetensors')}.safetensors")
+
+
+@pytest.fixture
+def state(tiny_spec: Callable[..., RunSpec]) -> TrainingState:
+    torch.manual_seed(0)
+    return build_state(tiny_spec(), torch.device("cpu"))
+
+
+def test_all_tensors_are_taken_by_model_and_average(
+    state: TrainingState, tiny_spec: Callable[..., RunSpec], tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    other = build_state(tiny_spec(), torch.device("cpu")).model.state_dict()
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    taken = warm_start(state, keep(other, tmp_path))
+    assert (taken.num_taken, taken.left) == (len(other), ())
+    assert any(not torch.equal(before[name], other[name]) for name in other)
+    for module in (state.model, state.average.module):
+        assert all(torch.equal(value, other[name]) for name, value in module.state_dict().items())
+
+
+def test_tensors_that_do_not_fit_stay_and_are_named(state: TrainingState, tmp_path: Path) -> None:
+    own = {name: value.clone() for name, value in state.model.state_dict().items()}
+    given = {name: torch.full_like(value, 3) for name, value in own.items()}
+    changed = "head.class_predictors.0.weight"
+    given[changed] = torch.zeros(80, *given[changed].shape[1:])
+    gone = "head.class_predictors.0.bias"
+    del given[gone]
+    given["unknown.weight"] = torch.zeros(2)
+    taken = warm_start(state, keep(given, tmp_path))
+    assert taken.left == tuple(sorted((changed, gone)))
+    assert taken.num_taken == len(own) - 2
+    after = state.model.state_dict()
+    assert all(torch.equal(after[name], own[name]) for name in taken.left)
+    assert all(bool((after[name] == 3).all()) for name in own.keys() - set(taken.left))
+
+
+def test_weights_of_nothing_in_common_and_other_bytes_are_refused(state: TrainingState, tmp_path: Path) -> None:
+    with pytest.raises(UnfitWeights, match="no tensor of"):
+        warm_start(state, keep({"foreign": torch.zeros(2)}, tmp_path))
+    path = keep({"foreign": torch.ones(2)}, tmp_path)
+    with path.open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(UnfitWeights, match="differs from the sha256"):
+        warm_start(state, path)
