@@ -44,7 +44,7 @@ class Recorder:
                 experiment=spec.dataset.name,
                 run_key=spec.run_key,
                 training_id=training_id(run_folder),
-                name=f"{spec.architecture.name}-s{spec.seed}-{spec.run_key[:6]}",
+                name=f"{spec.architecture.name}-s{spec.seed}-{_short(training_id(run_folder))}",
                 params=flat_params(spec),
                 tags={**attempt.provenance, "speck.code_hash": attempt.code_hash,
                       "architecture": spec.architecture.name, "dataset": spec.dataset.name,
@@ -113,6 +113,11 @@ class Recorder:
             # Not only TrackingUnavailable: a run that somebody deletes meanwhile must not stop training either.
             self._lost = True
             self._warn(f"MLflow is left behind, training goes on: {type(error).__name__}: {error}")
+
+
+def _short(training: str) -> str:
+    run_key, dot, attempt = training.partition(".")
+    return f"{run_key[:6]}{dot}{attempt}"
 
 
 def flat_params(spec: RunSpec) -> dict[str, str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from .foreground_probe import FOREGROUND_PROBE_SIZES
 from .interface import Architecture, Detector
 from .settings import InvalidSetting, UnknownArchitecture, apply_settings, unknown_message
 from .yolox import YOLOX_SIZES
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (*YOLOX_SIZES,)}
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture for architecture in (*YOLOX_SIZES, *FOREGROUND_PROBE_SIZES)
+}
 
 
 def configure(name: str, **settings: Any) -> Any:

@@ -5,6 +5,7 @@ Shapes: A anchor points, N and M boxes, `...` any leading dimensions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,27 @@ def pairwise_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 def aligned_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Return intersection over union (N,) of boxes (N, 4) with boxes (N, 4), one by one; differentiable."""
     return _iou(boxes_a.unbind(-1), boxes_b.unbind(-1), areas(boxes_a), areas(boxes_b))
+
+
+def complete_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Return complete IoU (N,) of boxes (N, 4) with boxes (N, 4), one by one; differentiable, at most 1.
+
+    IoU - d^2 / c^2 - alpha v: d the distance of the centres, c the diagonal of the smallest box around both,
+    v = 4 / pi^2 (difference of atan(width / height))^2, and alpha = v / (1 - IoU + v), taken as a constant.
+
+    Source: Zheng et al. 2020, "Distance-IoU loss", Eq. (6)-(11).
+    """
+    iou = aligned_iou(boxes_a, boxes_b)
+    # Below any real box, yet its square is still a float: keeps 0 / 0 out of value and gradient.
+    tiny = 1e-9
+    around = torch.maximum(boxes_a[:, 2:], boxes_b[:, 2:]) - torch.minimum(boxes_a[:, :2], boxes_b[:, :2])
+    offset = (boxes_a[:, :2] + boxes_a[:, 2:] - boxes_b[:, :2] - boxes_b[:, 2:]) / 2
+    distance = offset.square().sum(1) / around.square().sum(1).clamp(min=tiny**2)
+
+    angle_a, angle_b = (torch.atan2(*(box[:, 2:] - box[:, :2]).clamp(min=tiny).unbind(1)) for box in (boxes_a, boxes_b))
+    shape = (angle_a - angle_b).square() * (4 / math.pi**2)
+    weight = (shape / (1 - iou + shape).clamp(min=tiny)).detach()
+    return iou - distance - weight * shape
 
 
 def points_in_boxes(points_xy_px: Tensor, boxes_xyxy_px: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .blocks import ConvBlock, spatial_conv, without_autocast
 from .boxes import anchor_grid, decode_boxes
 
-PRIOR_PROBABILITY = 0.01
+# Logit of the foreground probability, 0.01, at which every score starts.
+PRIOR_LOGIT = math.log(0.01 / 0.99)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class DecoupledHead(nn.Module):
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
+        self.hidden_channels = hidden_channels
         self.num_classes = num_classes
 
         def tower() -> nn.Sequential:
@@ -83,9 +85,8 @@ class DecoupledHead(nn.Module):
         self.class_predictors = predictor(num_classes)
         self.box_predictors = predictor(4)
         self.objectness_predictors = predictor(1)
-        prior_logit = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
         for conv in (*self.class_predictors, *self.objectness_predictors):
-            nn.init.constant_(conv.bias, prior_logit)
+            nn.init.constant_(conv.bias, PRIOR_LOGIT)
 
     def towers(self, features: Sequence[Tensor]) -> list[TowerFeatures]:
         """Return the tower outputs of each level."""

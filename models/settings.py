@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -44,16 +45,27 @@ def apply_settings(config: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def _checked(name: str, value: Any, expected: Any) -> Any:
-    if get_origin(expected) is Literal:
-        allowed = get_args(expected)
-        if value not in allowed:
-            raise InvalidSetting(f"{name}={value!r} must be one of {list(allowed)}. Choose one of them.")
+    """Return `value` as `expected`: a plain type, a Literal, `tuple[T, ...]` (a list will do) or `T | None`."""
+    kind, arguments = get_origin(expected), get_args(expected)
+    if kind is UnionType:
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return None if value is None else _checked(name, value, inner)
+    if kind is tuple:
+        # JSON and YAML know no tuples.
+        if not isinstance(value, (list, tuple)):
+            raise _wrong_type(name, value, f"list of {arguments[0].__name__}")
+        return tuple(_checked(f"{name}[{index}]", item, arguments[0]) for index, item in enumerate(value))
+    if kind is Literal:
+        if value not in arguments:
+            raise InvalidSetting(f"{name}={value!r} must be one of {list(arguments)}. Choose one of them.")
         return value
     # An integer is a fine float; a bool, though an int to Python, is neither.
     accepted = (int, float) if expected is float else expected
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-        kind = type(value).__name__
-        raise InvalidSetting(
-            f"{name}={value!r} must be of type {expected.__name__}, not {kind}. Give a {expected.__name__}."
-        )
+        raise _wrong_type(name, value, expected.__name__)
     return float(value) if expected is float else value
+
+
+def _wrong_type(name: str, value: Any, expected: str) -> InvalidSetting:
+    kind = type(value).__name__
+    return InvalidSetting(f"{name}={value!r} must be of type {expected}, not {kind}. Give a {expected}.")

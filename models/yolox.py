@@ -21,23 +21,28 @@ from .necks import PAFPN
 from .postprocess import select_detections
 from .settings import InvalidSetting
 
+# A level at stride 4 is the usual addition for small objects ("P2").
 STRIDES = (8, 16, 32)
+STRIDES_P2 = (4, 8, 16, 32)
+# Depth and width of each size; unlike nano, n is dense.
+MULTIPLIERS = {"n": (0.33, 0.25), "s": (0.33, 0.50), "m": (0.67, 0.75), "l": (1.0, 1.0), "x": (1.33, 1.25)}
 
 
 @dataclass(frozen=True)
 class YoloxConfig:
-    """Depth and width multipliers, separable convolutions, and the assigner's candidate rule.
+    """Depth and width multipliers, separable convolutions, strides of the levels, the assigner's candidate rule.
 
     `candidate_mode="center"` within 1.5 strides is the authors' later rule, made for tiny objects; the paper's own
     is `"box_or_center"` within 2.5.
 
     Raises:
-        InvalidSetting: a number is not positive and finite, or the width leaves no channels.
+        InvalidSetting: a number is not positive and finite, the width leaves no channels, or the strides are no run.
     """
 
     depth: float
     width: float
     depthwise: bool = False
+    strides: tuple[int, ...] = STRIDES
     candidate_mode: CandidateMode = "center"
     center_radius: float = 1.5
 
@@ -49,6 +54,11 @@ class YoloxConfig:
         if self.width < 1 / 64:
             raise InvalidSetting(
                 f"width={self.width!r} must be at least 1/64, or no channel is left. Give a larger one."
+            )
+        if self.strides not in (STRIDES, STRIDES_P2):
+            raise InvalidSetting(
+                f"strides={self.strides!r} must double from 4 or 8 up to 32. "
+                f"Give {list(STRIDES_P2)} or {list(STRIDES)}."
             )
 
 
@@ -65,15 +75,19 @@ class Yolox(nn.Module):
         self.strides = head.strides
 
     def forward(self, images: Tensor) -> AnchorPredictions:
-        """Images (B, 3, H, W), BGR, 0..255, to raw predictions.
+        """Images (B, 3, H, W), BGR, 0..255, to raw predictions; raises as `features`."""
+        predictions: AnchorPredictions = self.head(self.features(images))
+        return predictions
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return what the head reads: one map (B, C, H / stride, W / stride) per level.
 
         Raises:
             ValueError: the shape is not (B, 3, H, W), or H or W is not a multiple of the largest stride.
         """
         check_images(images, max(self.strides))
-        features = self.backbone(images)
-        predictions: AnchorPredictions = self.head(self.neck(features[-len(self.strides) :]))
-        return predictions
+        maps: list[Tensor] = self.neck(self.backbone(images)[-len(self.strides) :])
+        return maps
 
     def criterion(self, predictions: AnchorPredictions, targets: Targets, *, closing: bool = False) -> Losses:
         """Return the loss sums of one batch; see `losses.anchor_losses`."""
@@ -110,17 +124,18 @@ def _ceil(size: int, multiple: int) -> int:
 def build_yolox(config: YoloxConfig, num_classes: int) -> Yolox:
     """Return an initialised YOLOX."""
     backbone = CSPDarknet(config.depth, config.width, depthwise=config.depthwise)
-    channels = backbone.out_channels[-len(STRIDES) :]
+    channels = backbone.out_channels[-len(config.strides) :]
     neck = PAFPN(channels, scaled_repeats(3, config.depth), depthwise=config.depthwise)
-    head = DecoupledHead(channels, STRIDES, int(256 * config.width), num_classes, depthwise=config.depthwise)
+    head = DecoupledHead(channels, config.strides, int(256 * config.width), num_classes, depthwise=config.depthwise)
     return Yolox(backbone, neck, head, SimOTA(config.candidate_mode, config.center_radius))
 
 
 YOLOX_SIZES = (
     Architecture("yolox-nano", YoloxConfig(depth=0.33, width=0.25, depthwise=True), build_yolox),
     Architecture("yolox-tiny", YoloxConfig(depth=0.33, width=0.375), build_yolox),
-    Architecture("yolox-s", YoloxConfig(depth=0.33, width=0.50), build_yolox),
-    Architecture("yolox-m", YoloxConfig(depth=0.67, width=0.75), build_yolox),
-    Architecture("yolox-l", YoloxConfig(depth=1.0, width=1.0), build_yolox),
-    Architecture("yolox-x", YoloxConfig(depth=1.33, width=1.25), build_yolox),
+    *(Architecture(f"yolox-{size}", YoloxConfig(*MULTIPLIERS[size]), build_yolox) for size in "smlx"),
+    *(
+        Architecture(f"yolox-{size}-p2", YoloxConfig(*multipliers, strides=STRIDES_P2), build_yolox)
+        for size, multipliers in MULTIPLIERS.items()
+    ),
 )

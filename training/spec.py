@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.augment import AugmentConfig
 from data.card import DatasetCard
@@ -26,6 +26,13 @@ class ArchitectureSpec(_Section):
 
     name: str
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("settings")
+    @classmethod
+    def _as_json_gives_them_back(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        # A tuple becomes a list on the way to a worker: a spec must equal its copy there.
+        plain: dict[str, Any] = json.loads(canonical_json(settings))
+        return plain
 
 
 class DatasetSpec(_Section):

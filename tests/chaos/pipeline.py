@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class FlowRun:
     process: subprocess.Popen[str]
     mark: str
     lines: list[str] = field(default_factory=list)
+    reading: bool = True
 
     def __post_init__(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
@@ -45,6 +47,7 @@ class FlowRun:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip())
+        self.reading = False
 
     @property
     def output(self) -> str:
@@ -71,22 +74,26 @@ class Pipeline:
     repo: Path
     home: Path
 
-    def start(self) -> FlowRun:
-        """`speck train yolox-nano sample-aerial`, in a session of its own."""
+    def start(
+        self, *command: str, environment: Mapping[str, str] | None = None, experiment: str = "experiment.yaml"
+    ) -> FlowRun:
+        """`speck COMMAND`, by default `train yolox-nano sample-aerial`, in a session of its own."""
         mark = new_mark()
         inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        environment = inherited | {
+        variables = inherited | {
             "HOME": str(self.home.parent),
             "PYTHONPATH": str(self.repo),
             "PYTHONUNBUFFERED": "1",
             "SPECK_HOME": str(self.home),
             "SPECK_STORE": str(self.home / "store"),
             MARK: mark,
+            **(environment or {}),
         }
-        command = [sys.executable, "-m", "flows", "train", "yolox-nano", "sample-aerial"]
+        arguments = command or ("train", "yolox-nano", "sample-aerial")
         process = subprocess.Popen(
-            [*command, "--spec", str(self.repo / "experiment.yaml")], cwd=self.repo, env=environment, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, "-m", "flows", *arguments, "--spec", str(self.repo / experiment)],
+            cwd=self.repo, env=variables, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         return FlowRun(process, mark)
 

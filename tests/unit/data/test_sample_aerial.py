@@ -14,11 +14,12 @@ import pytest
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from pydantic import ValidationError
 
 from data.card import CATALOG, DatasetCard
-from data.samples.aerial import Recipe, Scene, load_recipe, render, render_with_instances
+from data.problems import InvalidDataset
+from data.samples.aerial import render, render_with_instances
 from data.samples.aerial_objects import BICYCLE, BOAT, PERSON, VEHICLE, Layer, polygon, rasterise, turn
+from data.samples.scene import Recipe, Scene, load_recipe
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "data" / "raw" / "sample-aerial"
@@ -44,7 +45,7 @@ def _digest(scene: Scene) -> str:
 def test_another_process_with_another_thread_count_renders_the_same_bytes(recipe):
     code = (
         "import hashlib, sys, cv2; from pathlib import Path\n"
-        "from data.samples.aerial import load_recipe, render\n"
+        "from data.samples.aerial import render; from data.samples.scene import load_recipe\n"
         "cv2.setNumThreads(1); cv2.setUseOptimized(False)\n"
         "for split, index in (('test', 3), ('train', 399)):\n"
         "    s = render(load_recipe(Path(sys.argv[1])), split, index)\n"
@@ -200,5 +201,5 @@ def test_unknown_splits_indices_and_settings_are_refused(recipe, tmp_path):
         render(recipe, "val", 80)
     settings = yaml.safe_load((FOLDER / "recipe.yaml").read_text(encoding="utf-8"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"fog": 1}), encoding="utf-8")
-    with pytest.raises(ValidationError, match="fog"):
+    with pytest.raises(InvalidDataset, match="fog"):
         load_recipe(tmp_path)

@@ -10,7 +10,7 @@ from models.assigners import Assignment
 from models.boxes import anchor_grid
 from models.heads import AnchorPredictions
 from models.interface import Targets
-from models.losses import anchor_losses
+from models.losses import anchor_losses, complete_iou_loss
 
 NO_INDEX = torch.zeros(0, dtype=torch.int64)
 NO_BOXES = torch.zeros(0, 4)
@@ -51,6 +51,19 @@ def test_the_terms_of_one_positive_in_closed_form() -> None:
     assert sums == pytest.approx(expected)
     assert {name: count.item() for name, count in losses.counts.items()} == dict.fromkeys(expected, 1.0)
     assert losses.metrics["positives_per_object"].item() == 1.0
+
+
+def test_the_box_loss_is_a_parameter_and_the_class_target_stays_the_plain_overlap() -> None:
+    targets, assignment = one_object()
+    pred, other = predictions(), predictions()
+    losses = anchor_losses(pred, targets, assignment, complete_iou_loss)
+    # Centres 2 apart, the smallest box around both is the cell; the shapes 8 x 8 and 4 x 8.
+    shape = 4 / math.pi**2 * (math.pi / 4 - math.atan(1 / 2)) ** 2
+    complete_iou = 1 / 2 - 2**2 / (2 * 8**2) - shape**2 / (1 / 2 + shape)
+    assert losses.sums["box"].item() == pytest.approx(5 * (1 - complete_iou))
+    losses.sums["class"].backward()
+    anchor_losses(other, targets, assignment).sums["class"].backward()
+    assert torch.equal(pred.class_logits.grad, other.class_logits.grad)
 
 
 def test_the_gradient_of_the_class_term_is_probability_minus_iou_at_the_label() -> None:

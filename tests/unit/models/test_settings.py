@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -25,6 +26,26 @@ def test_settings_reach_the_detector() -> None:
 
 def test_an_integer_becomes_the_float_that_it_equals() -> None:
     assert repr(models.configure("yolox-s", center_radius=2).center_radius) == "2.0"
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_settings_survive_json(name: str) -> None:
+    config = models.ARCHITECTURES[name].config
+    again = models.configure(name, **json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+@pytest.mark.parametrize("strides", [[4, 8, 16, 32], (4, 8, 16, 32)])
+def test_a_list_becomes_the_tuple_that_the_field_holds(strides: object) -> None:
+    assert models.configure("yolox-s", strides=strides).strides == (4, 8, 16, 32)
+
+
+def test_null_is_a_value_only_where_the_field_says_so() -> None:
+    assert models.configure("foreground-probe-n", fixed_gate=1).fixed_gate == 1.0
+    assert models.configure("foreground-probe-n", fixed_gate=None).fixed_gate is None
+    with pytest.raises(InvalidSetting, match="strides=None must be of type list of int"):
+        models.configure("foreground-probe-n", strides=None)
 
 
 def test_an_unknown_architecture_names_the_nearest_and_all() -> None:
@@ -60,6 +81,14 @@ def test_an_unknown_setting_names_the_nearest_and_all() -> None:
         ({"width": float("nan")}, "must be finite and above 0"),
         ({"depth": float("inf")}, "must be finite and above 0"),
         ({"width": 0.01}, "must be at least 1/64"),
+        ({"strides": 8}, "must be of type list of int, not int"),
+        ({"strides": "8, 16, 32"}, "must be of type list of int, not str"),
+        ({"strides": ()}, "must double from 4 or 8 up to 32"),
+        ({"strides": (32, 16, 8)}, "must double from 4 or 8 up to 32"),
+        ({"strides": (8, 16)}, "must double from 4 or 8 up to 32"),
+        ({"strides": (16, 32)}, "must double from 4 or 8 up to 32"),
+        ({"strides": (8, 16, 32, 64)}, "must double from 4 or 8 up to 32"),
+        ({"strides": (4, 16, 32)}, "must double from 4 or 8 up to 32"),
     ],
 )
 def test_a_wrong_value_names_itself_and_the_rule(settings: dict[str, object], rule: str) -> None:
@@ -73,3 +102,10 @@ def test_a_wrong_value_names_itself_and_the_rule(settings: dict[str, object], ru
 def test_the_number_of_classes_must_be_a_positive_integer(num_classes: object) -> None:
     with pytest.raises(InvalidSetting, match="must be an integer of at least 1"):
         models.build("yolox-nano", num_classes=num_classes)
+
+
+@pytest.mark.parametrize("item", ["16", 16.0, True, None])
+def test_a_wrong_item_of_a_list_names_its_place(item: object) -> None:
+    with pytest.raises(InvalidSetting, match=r"strides\[1\]=.* must be of type int, not ") as error:
+        models.configure("yolox-s", strides=[8, item, 32])
+    assert repr(item) in str(error.value)

@@ -8,10 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models.backbones import CSPDarknet
-from models.heads import AnchorPredictions, DecoupledHead
+from models.heads import AnchorPredictions
 from models.interface import PostprocessConfig
-from models.necks import PAFPN
 
 # Recomputed totals of the published sizes with 80 classes; nano is published as 0.91 M.
 TOTALS = {
@@ -81,13 +79,36 @@ def test_floating_point_operations_match_the_recomputed_ones(name: str, size_px:
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, rel=0.005)
 
 
-def test_four_levels_have_the_known_total() -> None:
-    """The parts serve other level counts: strides 4 to 32 at the multipliers of s, 10 classes."""
+@pytest.mark.parametrize(
+    ("name", "num_classes", "total", "gflops"),
+    [
+        ("yolox-s-p2", 10, 9_685_116, 59.93),
+        ("yolox-m-p2", 10, 27_072_156, 150.7),
+        ("yolox-l-p2", 10, 57_532_604, 296.8),
+        ("yolox-x-p2", 10, 104_599_260, 509.02),
+        ("yolox-x-p2", 3, 104_590_272, None),
+        ("yolox-x-p2", 80, 104_689_140, None),
+    ],
+)
+def test_four_levels_have_the_known_totals(name: str, num_classes: int, total: int, gflops: float | None) -> None:
     with torch.device("meta"):
-        backbone = CSPDarknet(0.33, 0.5)
-        channels = backbone.out_channels
-        parts = (backbone, PAFPN(channels, 1), DecoupledHead(channels, (4, 8, 16, 32), 128, 10))
-    assert sum(num_parameters(part) for part in parts) == 9_685_116
+        detector = models.build(name, num_classes=num_classes).eval()
+        assert num_parameters(detector) == total
+        if gflops is not None:
+            with FlopCounterMode(display=False) as counter:
+                predictions = detector(torch.empty(1, 3, 640, 640))
+            assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, rel=0.001)
+            assert predictions.objectness_logits.shape == (1, 160**2 + 80**2 + 40**2 + 20**2)
+
+
+def test_strides_add_one_level_to_neck_and_head() -> None:
+    with torch.device("meta"):
+        four = models.build("yolox-tiny", num_classes=3, strides=[4, 8, 16, 32])
+        dense = models.build("yolox-nano", num_classes=3, strides=[4, 8, 16, 32], depthwise=False)
+        predictions = four.eval()(torch.empty(2, 3, 64, 32))
+    assert four.strides == (4, 8, 16, 32)
+    assert predictions.objectness_logits.shape == (2, 16 * 8 + 8 * 4 + 4 * 2 + 2 * 1)
+    assert num_parameters(dense) == num_parameters(models.build("yolox-n-p2", num_classes=3))
 
 
 def test_initial_foreground_and_class_probability_is_one_percent() -> None:
