@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,15 @@ import cv2
 
 from data.card import DatasetCard
 from data.records import SPLITS, XYWH, Box, ImageRecord, Split, clip_xywh
-from data.samples.aerial import Recipe, load_recipe, render
+from data.samples import aerial, surface
+from data.samples.scene import Recipe, Scene, load_recipe
 
 JPEG_PARAMETERS = (
     *(cv2.IMWRITE_JPEG_QUALITY, 95),
     *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
 )
+# By the recipe's `scenes`.
+_RENDERERS: dict[str, Callable[[Recipe, str, int], Scene]] = {"aerial": aerial.render, "surface": surface.render}
 
 
 def render_dataset(card: DatasetCard, raw: Path, images: Path) -> dict[str, Split]:
@@ -35,7 +39,7 @@ def render_dataset(card: DatasetCard, raw: Path, images: Path) -> dict[str, Spli
 
 def _write(recipe: Recipe, num_classes: int, images: Path, job: tuple[int, tuple[str, int]]) -> ImageRecord:
     image_id, (split, index) = job
-    scene = render(recipe, split, index)
+    scene = _RENDERERS[recipe.scenes](recipe, split, index)
     height, width = scene.image_bgr.shape[:2]
     file_name = f"{split}-{index:06d}.jpg"
     if not cv2.imwrite(str(images / file_name), scene.image_bgr, JPEG_PARAMETERS):

@@ -40,7 +40,7 @@ class ImageRecord(NamedTuple):
 class Split:
     """What one annotation file holds after cleaning, and what cleaning found.
 
-    `num_boxes_excluded` had no area inside their image; `num_boxes_clipped` stuck out of it.
+    `num_boxes_excluded` had no area inside their image or repeated another; `num_boxes_clipped` stuck out of it.
     """
 
     images: list[ImageRecord] = field(default_factory=list)

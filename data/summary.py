@@ -18,7 +18,7 @@ class DatasetSummary:
 
     `version` and `size_bytes` are None until it has been versioned; `num_images` (by split) is empty and the box
     counts None while its prepared files are not in the working tree. `num_boxes_clipped` stuck out of their image,
-    `num_boxes_excluded` had no area inside it.
+    `num_boxes_excluded` had no area inside it or repeated another.
     """
 
     name: str

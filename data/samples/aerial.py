@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
 
 from data.samples import aerial_objects as objects
 from data.samples import aerial_paint as paint
 from data.samples.aerial_bands import lay_out
 from data.samples.aerial_ground import GRASS, PAVING, SAND, WATER, Ground, Spot
 from data.samples.aerial_objects import BICYCLE, BOAT, PERSON, VEHICLE, Layer, Points, Sprite
-
-Split = Literal["train", "val", "test"]
+from data.samples.scene import Recipe, Scene, picture_rng
 
 MIN_LONG_SIDE_PX, MAX_LONG_SIDE_PX = 4.0, 24.0
 MIN_VISIBLE_SHARE = 0.5
@@ -33,42 +28,12 @@ HEIGHTS = {VEHICLE: 1.3, BOAT: 0.7}
 WHITE = (255, 255, 255)
 
 
-class Recipe(BaseModel):
-    """Everything a picture depends on beside its split and its index."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(ge=0)
-    image_size_px: int = Field(ge=128)
-    num_images: dict[Split, int]
-    low_contrast_share: float = Field(ge=0, le=1)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A picture and its labels; all boxes in the image's own pixels, x2 and y2 exclusive.
-
-    `image_bgr` (H, W, 3); `boxes_xyxy_px` (G, 4) tight around the visible object; `labels` (G,) index into the card's
-    classes; `ignore_xyxy_px` (R, 4), regions whose content is not labelled.
-    """
-
-    image_bgr: npt.NDArray[np.uint8]
-    boxes_xyxy_px: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
-    ignore_xyxy_px: npt.NDArray[np.float32]
-
-
 @dataclass(frozen=True)
 class _Placed:
     spot: Spot
     layers: list[Layer]
     axes: Points
     sprite: Sprite
-
-
-def load_recipe(folder: Path) -> Recipe:
-    """The recipe in `folder`/recipe.yaml. Raises OSError, yaml.YAMLError or pydantic.ValidationError."""
-    return Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
 
 
 def render(recipe: Recipe, split: str, index: int) -> Scene:
@@ -78,13 +43,7 @@ def render(recipe: Recipe, split: str, index: int) -> Scene:
 
 def render_with_instances(recipe: Recipe, split: str, index: int) -> tuple[Scene, npt.NDArray[np.int32]]:
     """`render`, and which object each pixel (H, W) shows, as 1 + its row in the labels; 0 where there is none."""
-    splits = get_args(Split)
-    if split not in splits:
-        raise ValueError(f"UnknownSplit: '{split}' is not known. Known: {', '.join(splits)}")
-    num_images = {name: recipe.num_images.get(name, 0) for name in splits}[split]
-    if not 0 <= index < num_images:
-        raise IndexError(f"image {index} is outside split '{split}'; the recipe gives it {num_images}, counted from 0")
-    rng = np.random.default_rng(np.random.SeedSequence([recipe.seed, splits.index(split), index]))
+    rng = picture_rng(recipe, split, index)
     scale = float(rng.uniform(0.85, 1.0) if rng.random() < 0.9 else rng.uniform(0.35, 0.85))
     ground = lay_out(rng, recipe.image_size_px, scale)
     sun_rad, shadow_length = float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.3, 0.9))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from chaos.processes import MARK, left_after, new_mark, wait_until
+from chaos.processes import MARK, left_after, marked, new_mark, wait_until
 from services.prefect_server import PrefectService, prefect_service, process_worker
 
 from data.versioning import current_version
@@ -24,8 +24,9 @@ from tracking.registry import champion
 from training.records import RunResult, read_result
 
 ROOT = Path(__file__).parents[2]
-RECIPE = {"seed": 1, "image_size_px": 128, "num_images": {"train": 16, "val": 4, "test": 4}, "low_contrast_share": 0.4}
+RECIPE = {"image_size_px": 128, "num_images": {"train": 16, "val": 4, "test": 4}}
 SMALL = ["training.epochs=1", "training.closing_epochs=0", "training.input_size_px=96"]
+CELL = {"architectures": ["yolox-nano"], "datasets": ["sample-aerial"]}
 RUN_S = 180.0
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
@@ -39,6 +40,7 @@ class Deployed:
     repo: Path
     home: Path
     service: PrefectService
+    mark: str
 
     def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs Prefect's own command line in the copy."""
@@ -69,7 +71,9 @@ class Deployed:
         """The cells of the Markdown table that the flow run left behind under `key`."""
         wanted = {"key": {"any_": [key]}, "flow_run_id": {"any_": [run_id]}}
         (found,) = self.service.request("/artifacts/filter", {"artifacts": wanted})
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in found["data"].splitlines()]
+        return [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in found["data"].splitlines() if "|" in line
+        ]
 
 
 def copy_checkout(repo: Path) -> None:
@@ -80,7 +84,8 @@ def copy_checkout(repo: Path) -> None:
         if (ROOT / name).is_file():
             (repo / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, repo / name)
-    (repo / "data/raw/sample-aerial/recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    recipe = repo / "data/raw/sample-aerial/recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | RECIPE))
     subprocess.run(["git", "init", "--quiet", str(repo)], check=True)
 
 
@@ -99,7 +104,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         # Stands for the copy's own `.venv`: the packages of this one come from the original checkout.
         environment.setenv("PYTHONPATH", str(repo))
         with prefect_service(folder) as service:
-            made = Deployed(repo, home, service)
+            made = Deployed(repo, home, service, mark)
             for step in (("work-pool", "create", "speck", "--type", "process"), ("--no-prompt", "deploy", "--all")):
                 done = made.prefect(*step)
                 assert done.returncode == 0, done.stdout + done.stderr
@@ -121,7 +126,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(deployed: Deployed) -> Finished:
-    run_id = deployed.start(changes=SMALL, architectures=["yolox-nano"])
+    run_id = deployed.start(changes=SMALL, **CELL)
     wait_until(lambda: deployed.state(run_id)["type"] == "RUNNING", 60, "a running flow", every_s=0.5)
     meanwhile = deployed.end(deployed.start())
     state = deployed.end(run_id)
@@ -170,7 +175,7 @@ def test_the_log_tells_everything_once(deployed: Deployed, finished: Finished) -
     wanted = {"logs": {"flow_run_id": {"any_": [finished.run_id]}}, "limit": 200}
     lines = [line["message"] for line in deployed.service.request("/logs/filter", wanted)]
     told = [line for line in lines if line.startswith("yolox-nano / sample-aerial / seed 0: ")]
-    assert [line for line in told if "epoch 1/1 step" in line] != []
+    assert len([line for line in told if ": epoch 1/1 done: loss " in line]) == 1
     assert len(set(told)) == len(told)
 
 
@@ -180,10 +185,37 @@ def test_a_run_started_meanwhile_is_cancelled(finished: Finished) -> None:
 
 
 def test_the_same_run_again_trains_nothing(deployed: Deployed, finished: Finished) -> None:
-    run_id = deployed.start(changes=SMALL, architectures=["yolox-nano"])
+    run_id = deployed.start(changes=SMALL, **CELL)
     assert deployed.end(run_id)["type"] == "COMPLETED"
     assert [line[1] for line in deployed.artifact(run_id, "plan")[2:]] == ["cached"]
     assert read_result(deployed.home / "runs" / finished.result.run_key) == finished.result
+
+
+def test_cancelling_in_prefect_stops_the_cell_and_leaves_it_resumable(deployed: Deployed, finished: Finished) -> None:
+    del finished  # Only one run at a time.
+    changes = [*SMALL, "training.epochs=500"]
+    run_id = deployed.start(changes=changes, **CELL)
+    folders = deployed.home / "runs"
+    wait_until(lambda: list(folders.glob("*/journal/*-000000004.json")), RUN_S, "two epochs", every_s=0.5)
+    cancel = {"state": {"type": "CANCELLING", "message": "asked by the test"}, "force": False}
+    deployed.service.request(f"/flow_runs/{run_id}/set_state", cancel)
+    assert deployed.end(run_id)["type"] == "CANCELLED"
+    wait_until(lambda: not marked(deployed.mark, "ray::"), 60, "the end of the workers", every_s=0.5)
+    (run_folder,) = (path.parent.parent for path in folders.glob("*/journal/*-000000004.json"))
+    client = connect(f"sqlite:///{deployed.home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("sample-aerial").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.`speck.run_key` = '{run_folder.name}'")
+    assert run.info.status == "KILLED"
+    assert list((deployed.home / "leases").iterdir()) == []
+
+    environment = os.environ | deployed.service.environment
+    sets = [part for change in changes for part in ("--set", change)]
+    plan = subprocess.run(
+        [sys.executable, "-m", "flows", "plan", "--json", "--architectures", "yolox-nano", "--datasets", "sample-aerial",
+         *sets], cwd=deployed.repo, env=environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    (cell,) = json.loads(plan.stdout)["cells"]
+    assert (cell["run_key"], cell["state"]) == (run_folder.name, "resume")
 
 
 def test_a_misspelt_architecture_fails_the_run_with_the_nearest_name(deployed: Deployed) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data.card import UnknownDataset
+import flows.experiment
+from data.card import UnknownDataset, card_names, load_card
 from flows.experiment import RUNS, BadExperiment, load_experiment
 from models.settings import UnknownArchitecture, UnknownSetting
 from training.spec import RunSpec
@@ -62,7 +64,15 @@ def test_what_changes_the_result_changes_the_key_and_where_it_runs_does_not(smal
 
 
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_experiment_is_valid_and_says_what_to_expect(path: Path) -> None:
+def test_every_shipped_experiment_is_valid_and_says_what_to_expect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some need data that everybody imports for himself.
+    card = load_card("sample-aerial")
+    names = card_names()
+    monkeypatch.setattr(
+        flows.experiment,
+        "load_card",
+        lambda name: load_card(name) if name in names else card.model_copy(update={"name": name}),
+    )
     experiment = load_experiment(path.stem)
     cells = experiment.cells(dict.fromkeys(experiment.datasets, "0" * 32))
     axes = (experiment.datasets, experiment.architectures, experiment.seeds)
@@ -170,6 +180,29 @@ def test_a_dataset_may_have_a_recipe_of_its_own_down_to_one_augmentation(small: 
     assert training.augment.flip_probability == base.training.augment.flip_probability
     (cell,) = changed.cells({"sample-aerial": "0" * 32})
     assert (cell.training.input_size_px, cell.training.epochs) == (64, base.training.epochs)
+
+
+@pytest.mark.parametrize(
+    ("change", "concerned"),
+    [
+        ("settings.yolox-s.width=0.25", lambda cell: cell.architecture.name == "yolox-s"),
+        ("training_by_dataset.sample-surface.epochs=3", lambda cell: cell.dataset.name == "sample-surface"),
+        ("training.learning_rate=0.5", lambda _: True),
+        ("compute.workers=1", lambda _: False),
+    ],
+)
+def test_a_change_concerns_exactly_its_cells(small: Path, change: str, concerned: Callable[[RunSpec], bool]) -> None:
+    matrix = ["architectures=[yolox-nano, yolox-s]", "datasets=[sample-aerial, sample-surface]", "seeds=[0, 1]"]
+    versions = {"sample-aerial": "0" * 32, "sample-surface": "1" * 32}
+    before = load_experiment(small, matrix).cells(versions)
+    after = load_experiment(small, [*matrix, change]).cells(versions)
+    assert [one.run_key != other.run_key for one, other in zip(before, after, strict=True)] == [
+        concerned(cell) for cell in before
+    ]
+    newer = load_experiment(small, matrix).cells(versions | {"sample-aerial": "2" * 32})
+    assert [one.run_key != other.run_key for one, other in zip(before, newer, strict=True)] == [
+        cell.dataset.name == "sample-aerial" for cell in before
+    ]
 
 
 def test_settings_of_an_architecture_that_was_not_chosen_do_no_harm(small: Path) -> None:
