@@ -145,7 +145,11 @@ class CellRunner:
         finally:
             record()
         if self.stop.is_set() and not (run_folder / RESULT).is_file():
-            jobs.stop(submission_id)
+            try:
+                jobs.stop(submission_id)
+            except OSError as error:
+                # An embedded cluster is often gone first: then the job is, too.
+                self.say(f"the cluster does not answer, so job {submission_id} was not stopped: {error}")
             self._check_stop()
 
     def _check_stop(self) -> None:

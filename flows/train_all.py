@@ -10,6 +10,7 @@ from typing import Literal
 
 from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 
 from data.summary import summarise
 from data.versioning import DatasetVersion, version_dataset
@@ -184,7 +185,7 @@ def open_parent_run(settings: Settings) -> str | None:
         return None
 
 
-@task(name="train-cell", task_run_name="{cell.spec.title}")
+@task(name="train-cell", task_run_name="{cell.spec.title}", cache_policy=NO_CACHE)
 def train_cell(cell: PlannedCell, runner: CellRunner) -> CellOutcome:
     """Train and score one cell as a Ray job, and keep its MLflow run up to date."""
     outcome = runner.run(cell)

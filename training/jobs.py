@@ -33,6 +33,7 @@ ALLOCATOR = (
 AGENT_PATIENCE_S = 60.0
 FINISH_POLL_S = 0.3
 STOP_PATIENCE_S = 20.0
+CONTACT_PATIENCE_S = 60.0
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -245,15 +246,27 @@ class Jobs:
 
         Ray notices the end of a job, and closes its log, seconds after the job wrote its result.
 
+        When the connection breaks, it is made again, and goes on where it was.
+
         Raises:
-            CellFailed: it did not succeed; the message begins with what the workers named as the cause.
+            CellFailed: it did not succeed; the message begins with what the workers named as the cause. Or the cluster
+                could not be reached for CONTACT_PATIENCE_S.
         """
+        from aiohttp import ClientError
+
         tail: list[str] = []
         causes: list[str] = []
+        num_lines = 0
 
         async def stream() -> None:
+            nonlocal num_lines
+            known, number = num_lines, 0
             async for chunk in self._client.tail_job_logs(submission_id):
                 for line in chunk.splitlines():
+                    number += 1
+                    if number <= known:
+                        continue
+                    num_lines = number
                     tail.append(line)
                     del tail[:-30]
                     if ERROR_MARK in line and PROGRESS_MARK in line:
@@ -269,10 +282,22 @@ class Jobs:
             with suppress(asyncio.CancelledError):
                 await reading
 
-        asyncio.run(read())
+        lost_contact: float | None = None
+        while not finished():
+            before = num_lines
+            try:
+                asyncio.run(read())
+                status = self._client.get_job_status(submission_id)
+                if finished() or str(status.value) in FINAL:
+                    break
+            except (RuntimeError, OSError, ClientError) as error:
+                if num_lines > before or lost_contact is None:
+                    lost_contact = time.monotonic()
+                if time.monotonic() - lost_contact > CONTACT_PATIENCE_S:
+                    raise CellFailed(f"lost contact with Ray job {submission_id}: {error}") from error
+            time.sleep(FINISH_POLL_S)
         if finished():
             return
-        status = self._client.get_job_status(submission_id)
         if str(status.value) != "SUCCEEDED":
             cause = "; ".join(causes) or self._client.get_job_info(submission_id).message.splitlines()[0]
             raise CellFailed(f"Ray job {submission_id} ended {status.value}: {cause}\n" + "\n".join(tail))

@@ -210,9 +210,10 @@ def test_cancelling_in_prefect_stops_the_cell_and_leaves_it_resumable(deployed: 
 
     environment = os.environ | deployed.service.environment
     sets = [part for change in changes for part in ("--set", change)]
+    axes = ["--architectures", "yolox-nano", "--datasets", "sample-aerial"]
     plan = subprocess.run(
-        [sys.executable, "-m", "flows", "plan", "--json", "--architectures", "yolox-nano", "--datasets", "sample-aerial",
-         *sets], cwd=deployed.repo, env=environment, capture_output=True, text=True, timeout=60, check=True,
+        [sys.executable, "-m", "flows", "plan", "--json", *axes, *sets],
+        cwd=deployed.repo, env=environment, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     (cell,) = json.loads(plan.stdout)["cells"]
     assert (cell["run_key"], cell["state"]) == (run_folder.name, "resume")

@@ -18,10 +18,12 @@ import cv2
 import pytest
 import torch
 from chaos.processes import MARK, left_after, marked, new_mark, wait_until
+from chaos.proxy import proxy
 from safetensors.torch import load_file
 
 from training.checkpoint import newest_first, verify_checkpoint
 from training.jobs import CellFailed, Cluster, Jobs, code_snapshot, embedded_cluster
+from training.meter import PROGRESS_MARK
 from training.records import RunResult, read_attempt, read_journal, read_result, record_attempt
 from training.scoring import score_split
 from training.spec import ComputeSpec, RunSpec
@@ -236,3 +238,24 @@ def test_a_killed_worker_costs_the_epoch_in_flight_alone(service: Service, tiny:
     assert len(starts) == 2, starts
     assert "starting at epoch 1" in starts[0]
     assert "resuming from checkpoint_" in starts[1]
+
+
+def test_a_cut_connection_is_made_again_and_no_line_comes_twice(
+    service: Service, tiny: Any, tiny_spec: MakeSpec
+) -> None:
+    submission_id, _ = service.submit(tiny_spec(compute=TWO_WORKERS, epochs=3, seed=77), tiny.source)
+    lines: list[str] = []
+    with proxy(int(service.cluster.jobs_url.rpartition(":")[2])) as between:
+        cut = Jobs(Cluster(service.cluster.address, f"http://127.0.0.1:{between.port}"))
+
+        def on_line(line: str) -> None:
+            lines.append(line)
+            if PROGRESS_MARK in line and between.num_cut < 4:
+                between.cut()
+
+        cut.follow(submission_id, on_line)
+        assert between.num_cut >= 4
+    whole: list[str] = []
+    service.jobs.follow(submission_id, whole.append)
+    assert lines == whole
+    assert [line for line in lines if "scoring on the test split" in line] != []
