@@ -121,9 +121,15 @@ def _short(training: str) -> str:
 
 
 def flat_params(spec: RunSpec) -> dict[str, str]:
-    """The spec as dotted names and short values, without the dataset's card."""
-    content = spec.model_dump(mode="json", exclude={"dataset": {"card"}})
-    return {name: str(value) for name, value in _flatten(content, "")}
+    """The spec as dotted names and short values, without the dataset's card.
+
+    The axes of the matrix are called `architecture`, `dataset`, `dataset_version` and `seed`, and come before all other
+    names that differ between cells: MLflow's comparison shows the first parameters that differ.
+    """
+    content = spec.model_dump(mode="json")
+    architecture, dataset = content.pop("architecture"), content.pop("dataset")
+    axes = {"architecture": architecture["name"], "dataset": dataset["name"], "dataset_version": dataset["version"]}
+    return {name: str(value) for name, value in _flatten(axes | content | {"settings": architecture["settings"]}, "")}
 
 
 def _flatten(content: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import shlex
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from training.meter import ERROR_MARK, PROGRESS_MARK
+from training.joblog import POLL_S, JobLog
 from training.records import Attempt
 from training.spec import RunSpec
 
@@ -31,7 +30,6 @@ ALLOCATOR = (
     "glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
 )
 AGENT_PATIENCE_S = 60.0
-FINISH_POLL_S = 0.3
 STOP_PATIENCE_S = 20.0
 CONTACT_PATIENCE_S = 60.0
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
@@ -221,7 +219,7 @@ class Jobs:
                 raise CellFailed(
                     f"Ray job {submission_id} did not stop within {STOP_PATIENCE_S:.0f} s; look at it there"
                 )
-            time.sleep(FINISH_POLL_S)
+            time.sleep(POLL_S)
 
     def room(self, own: Collection[str]) -> dict[str, float]:
         """CPUs and GPUs of the cluster's living nodes that no other run's job asked for; jobs of `own` run keys
@@ -246,7 +244,7 @@ class Jobs:
 
         Ray notices the end of a job, and closes its log, seconds after the job wrote its result.
 
-        When the connection breaks, it is made again, and goes on where it was.
+        When the connection breaks, it is made again and goes on where it was.
 
         Raises:
             CellFailed: it did not succeed; the message begins with what the workers named as the cause. Or the cluster
@@ -254,53 +252,24 @@ class Jobs:
         """
         from aiohttp import ClientError
 
-        tail: list[str] = []
-        causes: list[str] = []
-        num_lines = 0
-
-        async def stream() -> None:
-            nonlocal num_lines
-            known, number = num_lines, 0
-            async for chunk in self._client.tail_job_logs(submission_id):
-                for line in chunk.splitlines():
-                    number += 1
-                    if number <= known:
-                        continue
-                    num_lines = number
-                    tail.append(line)
-                    del tail[:-30]
-                    if ERROR_MARK in line and PROGRESS_MARK in line:
-                        causes.append(line.partition(ERROR_MARK)[2].strip())
-                    on_line(line)
-
-        async def read() -> None:
-            reading = asyncio.create_task(stream())
-            while not reading.done() and not finished():
-                await asyncio.wait([reading], timeout=FINISH_POLL_S)
-            if finished():
-                reading.cancel()
-            with suppress(asyncio.CancelledError):
-                await reading
-
+        log = JobLog(self._client, submission_id, on_line)
+        status = ""
         lost_contact: float | None = None
-        while not finished():
-            before = num_lines
+        while status not in FINAL and not finished():
+            before = log.num_lines
             try:
-                asyncio.run(read())
-                status = self._client.get_job_status(submission_id)
-                if finished() or str(status.value) in FINAL:
-                    break
+                log.read(finished)
+                status = str(self._client.get_job_status(submission_id).value)
             except (RuntimeError, OSError, ClientError) as error:
-                if num_lines > before or lost_contact is None:
+                if log.num_lines > before or lost_contact is None:
                     lost_contact = time.monotonic()
                 if time.monotonic() - lost_contact > CONTACT_PATIENCE_S:
                     raise CellFailed(f"lost contact with Ray job {submission_id}: {error}") from error
-            time.sleep(FINISH_POLL_S)
-        if finished():
+                time.sleep(POLL_S)
+        if finished() or status == "SUCCEEDED":
             return
-        if str(status.value) != "SUCCEEDED":
-            cause = "; ".join(causes) or self._client.get_job_info(submission_id).message.splitlines()[0]
-            raise CellFailed(f"Ray job {submission_id} ended {status.value}: {cause}\n" + "\n".join(tail))
+        cause = "; ".join(log.causes) or self._client.get_job_info(submission_id).message.splitlines()[0]
+        raise CellFailed(f"Ray job {submission_id} ended {status}: {cause}\n" + "\n".join(log.tail))
 
 
 def demand(spec: RunSpec) -> dict[str, float]:

@@ -53,17 +53,28 @@ def test_params_are_the_whole_spec_but_the_card_under_dotted_names(cell_spec: Ca
     params = flat_params(spec)
     assert params["training.learning_rate"] == str(spec.training.learning_rate)
     assert params["training.augment.flip_probability"] == str(spec.training.augment.flip_probability)
-    assert params["architecture.settings.width"] == str(spec.architecture.settings["width"])
-    assert (params["dataset.version"], params["seed"]) == (spec.dataset.version, "3")
+    assert params["settings.width"] == str(spec.architecture.settings["width"])
+    assert (params["architecture"], params["dataset"]) == (spec.architecture.name, spec.dataset.name)
+    assert (params["dataset_version"], params["seed"]) == (spec.dataset.version, "3")
     assert [name for name in params if "card" in name] == []
 
-    content = spec.model_dump(mode="json", exclude={"dataset": {"card"}})
+    content = spec.model_dump(mode="json")
+    content |= {"settings": spec.architecture.settings, "architecture": spec.architecture.name}
+    content |= {"dataset": spec.dataset.name, "dataset_version": spec.dataset.version}
     for name, value in params.items():
         place = content
         for part in name.split("."):
             place = place[part]
         assert value == str(place)
     assert flat_params(cell_spec(seed=4)).keys() == params.keys()
+
+
+def test_what_differs_between_cells_begins_with_the_axes_of_the_matrix(
+    cell_spec: Callable[..., RunSpec],
+) -> None:
+    """MLflow's parallel coordinates open with the first three parameters, by name, that differ."""
+    one, other = (flat_params(cell_spec(*axes)) for axes in (("yolox-nano", "apples"), ("yolox-s", "pears")))
+    assert sorted(name for name in one if one[name] != other[name])[:2] == ["architecture", "dataset"]
 
 
 def test_scores_name_split_protocol_and_class_and_leave_out_what_had_no_ground_truth(
