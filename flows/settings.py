@@ -16,6 +16,8 @@ REPO = Path(__file__).resolve().parent.parent
 class Settings(BaseSettings):
     """`SPECK_HOME`: what runs leave behind. `SPECK_RAY_JOBS_URL`: job API of a running cluster; unset means embedded.
 
+    `RAY_ADDRESS`: that cluster's own address, where its machine runs several: Ray would take the latest.
+
     `SPECK_DATA_SOURCE`: DVC storage that the nodes fetch dataset versions from.
     `MLFLOW_TRACKING_URI`: a tracking server; unset means SQLite and a folder under the home.
     """
@@ -24,6 +26,7 @@ class Settings(BaseSettings):
 
     home: Path = REPO / ".speck"
     ray_jobs_url: str | None = None
+    ray_address: str = Field("auto", validation_alias="RAY_ADDRESS")
     data_source: str = str(REPO / ".dvc" / "cache")
     mlflow_tracking_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
 

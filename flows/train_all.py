@@ -116,7 +116,7 @@ class TrainAll:
                 if self._jobs is None:
                     with self._timed("cluster start"):
                         url = self.settings.ray_jobs_url
-                        remote = None if url is None else Cluster("auto", url)
+                        remote = None if url is None else Cluster(self.settings.ray_address, url)
                         self._jobs = Jobs(remote or stack.enter_context(embedded_cluster(self.settings.home)))
                 return self._jobs
 

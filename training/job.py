@@ -24,12 +24,12 @@ from training.records import RunResult, hash_files, read_attempt, write_result
 def main(run_folder: Path, number: int) -> None:
     """Train, score and record one attempt."""
     started = time.monotonic()
-    ray.init(log_to_driver=True, configure_logging=False)
     attempt = read_attempt(run_folder, number)
     # Ray writes its list of checkpoints in place, and refuses to start from one that a kill cut short.
     # Nothing is lost: the workers find checkpoints by their manifests.
     (run_folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     try:
+        ray.init(log_to_driver=True, configure_logging=False)
         build_trainer(attempt, run_folder).fit()
     except WorkerGroupError as error:
         for rank, cause in sorted(error.worker_failures.items()):

@@ -77,6 +77,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         with embedded_cluster(home, num_cpus=4) as cluster:
             yield {
                 "SPECK_RAY_JOBS_URL": cluster.jobs_url,
+                "RAY_ADDRESS": cluster.address,
                 "SPECK_STORE": str(home / "store"),
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": os.environ["RAY_AUTH_TOKEN_PATH"],
