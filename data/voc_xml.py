@@ -46,6 +46,8 @@ def read_annotation(path: Path) -> VocAnnotation:
     has another root than `<annotation>`, or has one of the fields twice.
     """
     handler = _Handler()
+    if path.exists() and not path.is_file():
+        raise UnreadableXml("not a regular file")
     try:
         parseString(path.read_bytes(), handler, forbid_dtd=True)
     except FileNotFoundError as error:

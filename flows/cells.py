@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flows.evaluate import score_again
-from flows.lease import Lease, lease
-from flows.plan import OnCodeChange, PlannedCell, plan_cell
+from flows.lease import Lease, LeaseLost, lease
+from flows.plan import OnCodeChange, PlannedCell, folder_bytes, plan_cell
 from flows.record import Recorder, provenance
 from flows.settings import REPO, Settings
 from training.jobs import CellFailed, Jobs, code_snapshot
@@ -40,6 +40,7 @@ class CellOutcome:
     run_id: str | None
     reused: bool
     seconds: dict[str, float]
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class CellRunner:
             self.recorder.begin(read_attempt(run_folder, result.attempts), run_folder)
             self.recorder.finish(run_folder, result)
         seconds = {} if wall_s is None else _breakdown(read_journal(run_folder), result, wall_s)
-        return CellOutcome(result, self.recorder.run_id, reused=wall_s is None, seconds=seconds)
+        reused = wall_s is None
+        return CellOutcome(result, self.recorder.run_id, reused, seconds, folder_bytes(run_folder))
 
     def _train(self, cell: PlannedCell, held: Lease) -> float:
         """Follow the cell's Ray job to its end, a living one or a new one, and return how long that took."""
@@ -107,11 +109,11 @@ class CellRunner:
         self.recorder.begin(attempt, run_folder)
         try:
             self._follow(jobs, submission_id, cell, held)
-        except CellFailed:
-            self.recorder.end(run_folder, "FAILED")
+        except LeaseLost:
+            # The run is another flow's now, and so is its record.
             raise
-        except Cancelled:
-            self.recorder.end(run_folder, "KILLED")
+        except Exception as error:
+            self.recorder.end(run_folder, "KILLED" if isinstance(error, Cancelled) else "FAILED")
             raise
         return time.monotonic() - started
 
@@ -147,7 +149,7 @@ class CellRunner:
         if self.stop.is_set() and not (run_folder / RESULT).is_file():
             try:
                 jobs.stop(submission_id)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 # An embedded cluster is often gone first: then the job is, too.
                 self.say(f"the cluster does not answer, so job {submission_id} was not stopped: {error}")
             self._check_stop()

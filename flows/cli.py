@@ -90,7 +90,7 @@ def plan(
     from flows.plan_table import as_json as plan_as_json
     from flows.plan_table import line, total
     from flows.settings import REPO, Settings
-    from flows.warm_start import resolver
+    from flows.warm_start import specs_of
 
     experiment = load_experiment(
         spec, sets, architectures=_names(architectures), datasets=_names(datasets), seeds=_seeds(seeds)
@@ -98,8 +98,8 @@ def plan(
     found = {name: current_version(name, REPO) for name in experiment.datasets}
     known = {name: version.version for name, version in found.items() if version is not None}
     unversioned = sorted(found.keys() - known.keys())
-    asked, settings = experiment.training.warm_start, Settings()
-    specs = experiment.cells(known, resolver(asked, settings) if asked else lambda _: None)
+    settings = Settings()
+    specs = [spec for name, version in known.items() for spec in specs_of(experiment, name, version, settings)]
     planned = plan_cells(specs, settings, on_code_change)
     if as_json:
         print_json({"cells": plan_as_json(planned), "unversioned_datasets": unversioned})
@@ -221,13 +221,19 @@ def _train(
 
 
 def _print_report(report: Report, storage: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from flows.leaderboard import as_json as leaderboard_json
     from flows.leaderboard import as_tables, spent
 
     if as_json:
-        told = {"not_promoted": report.not_promoted, "seconds": report.seconds}
+        told = {
+            "promotions": [asdict(promotion) for promotion in report.promotions],
+            "not_promoted": report.not_promoted,
+            "seconds": report.seconds,
+        }
         print_json({**leaderboard_json(report.rows), **told})
         return
     # Without a terminal rich would assume 80 columns and break names apart.

@@ -15,7 +15,9 @@ from training.jobs import demand
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("architecture", "seed", "val AP", "test AP", "AP50", "AP small", "time", "estimated", "cost", "state", "")
+COLUMNS = (
+    "architecture", "seed", "val AP", "test AP", "AP50", "AP small", "time", "estimated", "disk", "cost", "state", "",
+)  # fmt: skip
 SCORES = ("val_ap", "test_ap", "test_ap50", "test_ap_small")
 
 
@@ -38,6 +40,8 @@ class Row:
     test_ap_small: float | None = None
     wall_s: float | None = None
     estimated_s: float | None = None
+    disk_bytes: int = 0
+    estimated_disk_bytes: int | None = None
     trained_s: float | None = None
     cpu_hours: float = 0.0
     gpu_hours: float = 0.0
@@ -63,7 +67,7 @@ class Summary:
 
 
 def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], champions: set[str]) -> list[Row]:
-    """One row a cell."""
+    """One row a cell; `champions` are MLflow runs."""
     rows = []
     for cell, outcome in cells:
         spec, estimate = cell.spec, cell.estimate
@@ -73,6 +77,7 @@ def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], cham
             "seed": spec.seed,
             "run_key": spec.run_key,
             "estimated_s": None if estimate is None else estimate.seconds,
+            "estimated_disk_bytes": None if estimate is None else estimate.disk_bytes,
         }
         if isinstance(outcome, Exception):
             rows.append(Row(**common, state="failed", error=_first_line(outcome)))
@@ -89,10 +94,11 @@ def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], cham
                 test_ap50=test["coco/AP50"],
                 test_ap_small=test["coco/AP_small"],
                 wall_s=wall_s,
+                disk_bytes=outcome.disk_bytes,
                 trained_s=outcome.result.seconds["job"],
                 cpu_hours=used["CPU"],
                 gpu_hours=used["GPU"],
-                champion=spec.run_key in champions,
+                champion=outcome.run_id in champions,
             )
         )
     return rows
@@ -143,7 +149,7 @@ def as_tables(rows: Sequence[Row]) -> list[Table]:
     for dataset, lines in _lines(rows):
         table = Table(title=f"{dataset} (COCO protocol; selected on val, promoted on test)", title_justify="left")
         for index, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if 1 <= index <= 8 else "left")
+            table.add_column(column, justify="right" if 1 <= index <= 9 else "left")
         for line in lines:
             table.add_row(*line)
         tables.append(table)
@@ -160,6 +166,17 @@ def as_markdown(rows: Sequence[Row]) -> str:
 def as_json(rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:
     """Plain values: every cell in `rows`, means and spreads over seeds in `summary`."""
     return {"rows": [asdict(row) for row in rows], "summary": [asdict(each) for each in summarise_seeds(rows)]}
+
+
+def flat_summaries(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Means and spreads over seeds as one flat row each, with columns like `val_ap` and `val_ap_spread`."""
+    flat = []
+    for each in summarise_seeds(rows):
+        values: dict[str, object] = {name: each.mean.get(name) for name in SCORES}
+        values |= {f"{name}_spread": each.spread.get(name) for name in SCORES}
+        counts = {"num_seeds": each.num_seeds, "num_failed": each.num_failed}
+        flat.append({"dataset": each.dataset, "architecture": each.architecture, **counts, **values})
+    return flat
 
 
 def spent(rows: Sequence[Row]) -> str:
@@ -204,15 +221,15 @@ def _summary_line(summary: Summary, cells: Sequence[Row]) -> tuple[str, ...]:
     walls = [row.wall_s for row in cells if row.wall_s is not None]
     estimates = [row.estimated_s for row in cells if row.estimated_s is not None]
     time, estimated = _seconds(sum(walls) if walls else None), _seconds(sum(estimates) if estimates else None)
-    return (summary.architecture, count, *scores, time, estimated, _cost(cells), "", "")
+    return (summary.architecture, count, *scores, time, estimated, "", _cost(cells), "", "")
 
 
 def _cell_line(row: Row) -> tuple[str, ...]:
     scores = ["-" if value is None else f"{value:.3f}" for value in (getattr(row, name) for name in SCORES)]
     times = (_seconds(row.wall_s), _seconds(row.estimated_s))
-    remark = "champion" if row.champion else ""
+    remark = (row.error or ("champion" if row.champion else "")).replace("|", "/")
     state = f"{row.state} {row.run_key}".strip()
-    return (row.architecture, str(row.seed), *scores, *times, _cost([row]), state, remark)
+    return (row.architecture, str(row.seed), *scores, *times, _disk(row), _cost([row]), state, remark)
 
 
 def _done(cell: PlannedCell, outcome: CellOutcome) -> str:
@@ -223,6 +240,12 @@ def _done(cell: PlannedCell, outcome: CellOutcome) -> str:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} s"
+
+
+def _disk(row: Row) -> str:
+    """MiB taken, and in brackets what was expected."""
+    expected = "" if row.estimated_disk_bytes is None else f" ({row.estimated_disk_bytes / 2**20:.0f})"
+    return f"{row.disk_bytes / 2**20:.0f}{expected} MiB" if row.disk_bytes else "-"
 
 
 def _cost(rows: Sequence[Row]) -> str:

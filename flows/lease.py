@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 from training.checkpoint import write_json
 
@@ -80,7 +81,8 @@ def lease(storage: Path, run_key: str, say: Callable[[str], None], check_stop: C
         if current != seen:
             seen, since = current, time.monotonic()
         if seen is not None and (_is_dead(seen) or time.monotonic() - since > EXPIRES_AFTER_S):
-            _remove(path, seen)
+            if _take_over(path, seen, mine):
+                break
         elif seen is not None and not told:
             say(f"waiting: process {seen.get('pid')} on {seen.get('host')} is at work on {run_key}")
             told = True
@@ -106,25 +108,27 @@ def _create(path: Path, content: dict[str, Any]) -> bool:
     return True
 
 
-def _remove(path: Path, expired: dict[str, Any]) -> None:
-    """Remove an expired lease; one that was renewed or taken over meanwhile is put back."""
-    aside = path.with_name(f".{uuid.uuid4().hex}.expired")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if _read(aside) != expired:
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink()
+def _take_over(path: Path, expired: dict[str, Any], content: dict[str, Any]) -> bool:
+    """Put our lease in the place of an expired one, unless that was renewed or taken over meanwhile.
+
+    The path is never free on the way: nobody can create a lease beside ours.
+    """
+    with FileLock(path.parent / ".takeover"):
+        if _read(path) != expired:
+            return False
+        write_json(path, content)
+    return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """The lease, None if there is none; a damaged one is nobody's, and expires."""
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    return content
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _owner(content: dict[str, Any] | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from flows.settings import REPO, Settings
 from training.checkpoint import NUM_CHECKPOINTS_KEPT, CorruptCheckpoint, newest_first, verify_checkpoint
 from training.code import training_code_hash
 from training.probe import Probe, probe
-from training.records import CorruptResult, JournalEntry, RunResult, read_journal, read_result
+from training.records import CorruptResult, JournalEntry, RunResult, latest_code_hash, read_journal, read_result
 from training.scoring import score_options
 from training.spec import RunSpec
 
@@ -72,7 +73,7 @@ def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = 
     try:
         result = read_result(run_folder)
     except CorruptResult as error:
-        return PlannedCell(spec, "resume", f"its result is damaged: {error}", code_hash)
+        return PlannedCell(spec, "resume", f"its result is damaged: {str(error).splitlines()[0]}", code_hash)
     if result is not None:
         return _plan_finished(spec, result, code_hash, on_code_change)
     for folder in newest_first(run_folder):
@@ -81,6 +82,11 @@ def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = 
         except CorruptCheckpoint:
             continue
         why = f"stopped after epoch {manifest.epoch} of {spec.training.epochs}"
+        before = latest_code_hash(run_folder)
+        if before is not None and before != code_hash:
+            why += f", trained by other code ({before}, now {code_hash})"
+            if on_code_change == "retrain":
+                return PlannedCell(spec, "train", why, code_hash, superseding=True)
         return PlannedCell(spec, "resume", why, code_hash, epochs_done=manifest.epoch)
     return PlannedCell(spec, "train", "nothing was trained with this configuration and data", code_hash)
 
@@ -120,16 +126,16 @@ class _Pace:
     def estimate(self, cell: PlannedCell) -> Estimate | None:
         """The rest of a cell's training and its scoring; None where nothing can be said."""
         spec, training = cell.spec, cell.spec.training
+        if spec.dataset.name not in self._num_images:
+            self._num_images[spec.dataset.name] = summarise(spec.dataset.name, REPO).num_images
+        counts = self._num_images[spec.dataset.name]
+        if not counts:
+            return None
         kind = str(_kind(spec))
         if kind not in self._known:
             self._known[kind] = self._speed(spec)
         speed = self._known[kind]
         if speed is None:
-            return None
-        if spec.dataset.name not in self._num_images:
-            self._num_images[spec.dataset.name] = summarise(spec.dataset.name, REPO).num_images
-        counts = self._num_images[spec.dataset.name]
-        if not counts:
             return None
         epochs = range(cell.epochs_done + 1, training.epochs + 1)
         every = training.validate_every_epochs
@@ -143,7 +149,11 @@ class _Pace:
         if alike:
             folder, result = max(alike, key=lambda pair: pair[1].finished_ms)
             return _measured(folder, result)
-        probed = probe(spec)
+        try:
+            probed = probe(spec)
+        except Exception:
+            # An architecture that does not run is the fault of its own cells: they will say why.
+            return None
         return None if probed is None else _probed(probed, spec.compute.workers)
 
 
@@ -178,9 +188,18 @@ def _measured(folder: Path, result: RunResult) -> _Speed | None:
         train_s_per_image=train_s / images,
         score_s_per_image=result.seconds["score_test"] / max(1, result.scores["test"].counts["num_images"]),
         overhead_s=max(0.0, result.seconds["job"] - busy) + OUTSIDE_JOB_S,
-        disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        disk_bytes=folder_bytes(folder),
         source=f"run {result.run_key}",
     )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # A worker may be tidying up.
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _images_trained(entry: JournalEntry) -> float:

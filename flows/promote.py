@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,15 @@ from flows.settings import REPO, Settings
 from tracking.packaging import package
 from tracking.promotion import Candidate, Verdict, decide
 from tracking.registry import CHAMPION, Version, download, history, promote, record_verdict, register
-from training.records import RunResult, read_result
+from tracking.runs import TRAINING
+from training.checkpoint import file_sha256
+from training.records import CorruptResult, RunResult, read_result, training_id
 from training.spec import RunSpec
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 METRIC = "coco/AP"
-# Which attempt made the weights: a run key that is trained again, by other code, gives other ones.
-ATTEMPT = "speck.attempt"
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,25 @@ def promote_best(client: MlflowClient, outcomes: Sequence[CellOutcome], settings
     result = best.result
     if best.run_id is None:
         raise NotRecorded(f"run {result.run_key} has no MLflow run yet; run again when the tracking store is reachable")
-    name = result.spec.dataset.name
+    name, training = result.spec.dataset.name, training_id(settings.storage / result.run_key)
     known = history(client, name)
     holder = next((version for version in known if CHAMPION in version.aliases), None)
-    registered = next((version.version for version in known if version.run_id == best.run_id), None)
-    version = registered or _register(client, result, best.run_id, settings)
+    registered = next((version for version in known if version.run_id == best.run_id), None)
+    version = registered.version if registered else _register(client, result, best.run_id, training, settings)
     champion = _rescored(client, holder, result, settings) if holder is not None else None
-    verdict = decide(_candidate(result.scores["test"]), champion)
-    if registered is None or verdict.promote:
+    verdict = decide(_candidate(result.scores["test"], training), champion)
+    if registered is None or not registered.verdict or verdict.promote:
         record_verdict(client, name, version, promoted=verdict.promote, reason=verdict.reason)
     if verdict.promote:
         promote(client, name, version)
     return Promotion(name, result.run_key, version, verdict)
 
 
-def _candidate(score: ScoreResult) -> Candidate:
+def _candidate(score: ScoreResult, training: str) -> Candidate:
     # Input size, thresholds and precision belong to the model; what is counted, and by which code, to the protocol.
     rules = f"max_dets={score.options.max_dets} ignore_rule={score.options.ignore_rule} code={code_hash()[:12]}"
     return Candidate(
-        run_key=score.run_key,
+        training=training,
         dataset_version=score.dataset_version,
         protocol=f"{score.protocol} {rules}",
         metric=METRIC,
@@ -85,12 +86,10 @@ def _candidate(score: ScoreResult) -> Candidate:
 
 def _rescored(client: MlflowClient, holder: Version, challenger: RunResult, settings: Settings) -> Candidate:
     """The champion as a candidate: its own score where that compares with the challenger's, else a new one."""
-    own = read_result(settings.storage / holder.run_key)
-    if own is not None and holder.tags.get(ATTEMPT) != str(own.attempts):
-        # Trained again since: what lies there now is another model.
-        own = None
+    training = holder.tags.get(TRAINING, holder.run_key)
+    own = _own_result(settings.storage / holder.run_key, training)
     if own is not None and _comparable(own.scores["test"], challenger.scores["test"]):
-        return _candidate(own.scores["test"])
+        return _candidate(own.scores["test"], training)
     with tempfile.TemporaryDirectory(prefix="speck-champion-") as folder:
         artifacts = settings.storage / holder.run_key / "artifacts"
         if own is None:
@@ -99,22 +98,36 @@ def _rescored(client: MlflowClient, holder: Version, challenger: RunResult, sett
         scoring = spec.scoring.model_copy(update={"max_dets": challenger.spec.scoring.max_dets})
         spec = spec.model_copy(update={"dataset": challenger.spec.dataset, "scoring": scoring})
         _, scored = score_run(spec, artifacts / "weights.safetensors", settings, ("test",))
-    return replace(_candidate(scored["test"].result), run_key=holder.run_key)
+    return _candidate(scored["test"].result, training)
 
 
 def _comparable(one: ScoreResult, other: ScoreResult) -> bool:
     current = all(score.score_key == score_key(score.protocol, score.options) for score in (one, other))
-    return current and (one.dataset_version, _candidate(one).protocol) == (
-        other.dataset_version,
-        _candidate(other).protocol,
+    one_rules, other_rules = _candidate(one, ""), _candidate(other, "")
+    return current and (one_rules.dataset_version, one_rules.protocol) == (
+        other_rules.dataset_version,
+        other_rules.protocol,
     )
 
 
-def _register(client: MlflowClient, result: RunResult, run_id: str, settings: Settings) -> int:
+def _own_result(run_folder: Path, training: str) -> RunResult | None:
+    """What the champion's own folder says of it, None if that is damaged, or of another training."""
+    if training_id(run_folder) != training:
+        return None
+    try:
+        return read_result(run_folder)
+    except CorruptResult:
+        return None
+
+
+def _register(client: MlflowClient, result: RunResult, run_id: str, training: str, settings: Settings) -> int:
     spec, artifacts = result.spec, settings.storage / result.run_key / "artifacts"
     with tempfile.TemporaryDirectory(prefix="speck-model-") as folder:
+        weights = Path(shutil.copy(artifacts / "weights.safetensors", folder))
+        if file_sha256(weights) != result.files["artifacts/weights.safetensors"]:
+            raise NotRecorded(f"the weights of run {result.run_key} have changed since it was recorded; run again")
         model_folder = package(
-            artifacts / "weights.safetensors",
+            weights,
             spec.model_dump_json(indent=1),
             REPO / "models",
             Path(folder) / "model",
@@ -137,7 +150,7 @@ def _register(client: MlflowClient, result: RunResult, run_id: str, settings: Se
             tags={
                 "speck.architecture": spec.architecture.name,
                 "speck.dataset_version": spec.dataset.version,
-                ATTEMPT: str(result.attempts),
+                TRAINING: training,
             },
             scores=scores,
         )

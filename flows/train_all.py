@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 from prefect import flow, runtime, task
@@ -16,7 +16,17 @@ from data.summary import summarise
 from data.versioning import DatasetVersion, version_dataset
 from flows.cells import CellOutcome, CellRunner
 from flows.experiment import Experiment, check_batch, load_experiment
-from flows.leaderboard import Row, as_json, as_markdown, make_rows, ordered, spent, unplanned_rows
+from flows.leaderboard import (
+    Row,
+    as_json,
+    as_markdown,
+    flat_summaries,
+    make_rows,
+    ordered,
+    spent,
+    unplanned_rows,
+)
+from flows.lease import lease
 from flows.plan import PlannedCell, plan_cells
 from flows.plan_table import as_markdown as plan_as_markdown
 from flows.plan_table import line as plan_line
@@ -26,7 +36,7 @@ from flows.report import Report, Unfinished
 from flows.say import say, warn
 from flows.schedule import run_cells
 from flows.settings import REPO, Settings
-from flows.warm_start import resolver
+from flows.warm_start import specs_of
 from tracking.client import TrackingUnavailable, connect
 from tracking.registry import champion
 from tracking.runs import close_parent, ensure_parent
@@ -74,39 +84,44 @@ class TrainAll:
 
     def run(self) -> Report:
         """Do all of it."""
-        with self._timed("versions"):
-            versions, unversioned = self._version_datasets()
-        with self._timed("plan"):
-            planned = plan(self._specs(versions), self.settings, self.on_code_change)
         parent_run_id = open_parent_run(self.settings)
+        try:
+            report = self._run(parent_run_id)
+        except BaseException as error:
+            with suppress(TrackingUnavailable):
+                ending: Literal["FAILED", "KILLED"] = "FAILED" if isinstance(error, Exception) else "KILLED"
+                close_parent(connect(self.settings.tracking_uri), parent_run_id, ending)
+            raise
+        publish_leaderboard(report, self.settings, parent_run_id)
+        return report
+
+    def _run(self, parent_run_id: str | None) -> Report:
+        with self._timed("versions"):
+            specs, failed = self._cells_of_datasets()
+        with self._timed("plan"):
+            planned = plan(specs, self.settings, self.on_code_change)
         with ExitStack() as stack, self._timed("cells"):
             cells = self._run_cells(planned, parent_run_id, stack)
         with self._timed("promotion"):
             promotions, not_promoted, champions = compare_and_promote(cells, self.settings)
         rows = make_rows(cells, champions)
-        for name, error in unversioned.items():
+        for name, error in failed.items():
             rows += unplanned_rows(name, self.experiment.architectures, self.experiment.seeds, error)
-        report = Report(ordered(rows), promotions, not_promoted, self.seconds)
-        publish_leaderboard(report, self.settings, parent_run_id)
-        return report
+        return Report(ordered(rows), promotions, not_promoted, self.seconds)
 
-    def _version_datasets(self) -> tuple[dict[str, str], dict[str, Exception]]:
-        versions: dict[str, str] = {}
+    def _cells_of_datasets(self) -> tuple[list[RunSpec], dict[str, Exception]]:
+        """Every dataset's cells, and why there are none of the others."""
+        specs: list[RunSpec] = []
         failed: dict[str, Exception] = {}
         for name in self.experiment.datasets:
             try:
                 found = version_data(name)
                 check_batch(self.experiment, name, summarise(name, REPO).num_images["train"])
+                specs += specs_of(self.experiment, name, found.version, self.settings)
             except Exception as error:
                 failed[name] = error
                 warn(f"{name}: no cell of it can run: {error}")
-            else:
-                versions[name] = found.version
-        return versions, failed
-
-    def _specs(self, versions: dict[str, str]) -> list[RunSpec]:
-        asked = self.experiment.training.warm_start
-        return self.experiment.cells(versions, resolver(asked, self.settings) if asked else lambda _: None)
+        return specs, failed
 
     def _run_cells(
         self, planned: Sequence[PlannedCell], parent_run_id: str | None, stack: ExitStack
@@ -202,7 +217,7 @@ def compare_and_promote(
 ) -> tuple[list[Promotion], dict[str, str], set[str]]:
     """Register the best cell of each dataset and let it challenge the champion.
 
-    Returns the promotions, why there is none by dataset, and the champions' run keys.
+    Returns the promotions, why there is none by dataset, and the champions' MLflow runs.
     """
     by_dataset: dict[str, list[CellOutcome]] = {}
     for cell, outcome in cells:
@@ -215,7 +230,9 @@ def compare_and_promote(
         # A champion that cannot be read, or a store that is gone, must not cost the other datasets their promotion.
         try:
             client = connect(settings.tracking_uri)
-            promotion = promote_best(client, outcomes, settings)
+            # Two flows that end together decide one after the other.
+            with lease(settings.storage, f"promote-{name}", say, lambda: None):
+                promotion = promote_best(client, outcomes, settings)
             holder = champion(client, name)
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
@@ -224,7 +241,7 @@ def compare_and_promote(
         promotions.append(promotion)
         moved = "promoted" if promotion.verdict.promote else "champion unchanged"
         say(f"{name}: version {promotion.version}, {moved}: {promotion.verdict.reason}")
-        champions |= {holder.run_key} if holder is not None else set()
+        champions |= {holder.run_id} if holder is not None else set()
     return promotions, failed, champions
 
 
@@ -234,15 +251,13 @@ def publish_leaderboard(report: Report, settings: Settings, parent_run_id: str |
     say(spent(report.rows))
     markdown = as_markdown(report.rows)
     create_markdown_artifact(key="leaderboard", markdown=markdown, description=spent(report.rows))
-    if parent_run_id is None:
-        return
     try:
         close_parent(
             connect(settings.tracking_uri),
             parent_run_id,
             "FAILED" if report.failed or report.not_promoted else "FINISHED",
             documents={"leaderboard.md": markdown},
-            tables={"leaderboard.json": as_json(report.rows)["rows"]},
+            tables={"leaderboard.json": as_json(report.rows)["rows"], "over_seeds.json": flat_summaries(report.rows)},
             metrics=_headline(report.rows),
         )
     except TrackingUnavailable as error:
@@ -252,9 +267,9 @@ def publish_leaderboard(report: Report, settings: Settings, parent_run_id: str |
 def _headline(rows: Sequence[Row]) -> dict[str, float]:
     """Test AP of each dataset's cell that is best on val, and what became of the cells."""
     best: dict[str, float] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -1.0 if row.val_ap is None else row.val_ap):
         if row.test_ap is not None:
-            best.setdefault(f"best/{row.dataset}/test/coco/AP", row.test_ap)
+            best[f"best/{row.dataset}/test/coco/AP"] = row.test_ap
     states = ("trained", "resumed", "cached", "stale", "rescored", "failed")
     return best | {f"cells/{state}": float(sum(row.state == state for row in rows)) for state in states}
 

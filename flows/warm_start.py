@@ -8,31 +8,37 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.evaluate import find_result
+from flows.experiment import Experiment
 from flows.settings import Settings
 from tracking.client import connect
 from tracking.registry import champion, download
 from training.checkpoint import file_sha256
 from training.spec import RunSpec
-from training.state import warm_start_path
+from training.state import fitting_share, warm_start_path
 
 CHAMPION = "champion"
+MIN_SHARE = 0.5
 
 
 class NoSuchWeights(ValueError):
     """`training.warm_start` names no weights that can be used."""
 
 
-def resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]:
-    """What each cell starts from, as `sha256:<hex>` of weights that lie in storage, or None for a cold start.
+def specs_of(experiment: Experiment, dataset: str, version: str, settings: Settings) -> list[RunSpec]:
+    """The cells of one dataset, each with what it starts from as `sha256:<hex>` of weights that lie in storage.
 
-    `asked` is `champion`, the key of a finished run, or a safetensors file. A dataset without a champion, or with one
-    of another architecture, starts cold.
+    A dataset without a champion, or with one of another architecture, starts cold.
 
-    Raises (when called):
-        NoSuchWeights: the file is missing or not safetensors.
+    Raises:
+        NoSuchWeights: the file is missing or not safetensors, or the weights fit less than half of an architecture.
         UnknownRun: no run of that key has finished.
         TrackingUnavailable: the champion cannot be asked for.
     """
+    asked = experiment.training_for(dataset).warm_start
+    return experiment.cells({dataset: version}, _resolver(asked, settings) if asked else lambda _: None)
+
+
+def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]:
     if asked == CHAMPION:
         return lambda spec: _from_champion(spec, settings)
     path = Path(asked).expanduser()
@@ -41,11 +47,19 @@ def resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]:
             raise NoSuchWeights(
                 f"training.warm_start={asked!r} must be a .safetensors file that exists, a run key, or {CHAMPION!r}"
             )
-        kept = _keep(path, settings)
     else:
-        result = find_result(asked, settings)
-        kept = _keep(settings.storage / result.run_key / "artifacts" / "weights.safetensors", settings)
-    return lambda _: kept
+        path = settings.storage / find_result(asked, settings).run_key / "artifacts" / "weights.safetensors"
+
+    def resolve(spec: RunSpec) -> str:
+        share = fitting_share(spec, path)
+        if share < MIN_SHARE:
+            raise NoSuchWeights(
+                f"training.warm_start={asked!r} fits {share:.0%} of {spec.architecture.name}, and must fit at least "
+                f"{MIN_SHARE:.0%}. Choose the architecture that the weights are of: --architectures"
+            )
+        return _keep(path, settings)
+
+    return resolve
 
 
 def _from_champion(spec: RunSpec, settings: Settings) -> str | None:
@@ -56,8 +70,12 @@ def _from_champion(spec: RunSpec, settings: Settings) -> str | None:
     with tempfile.TemporaryDirectory(prefix="speck-warm-start-") as folder:
         download(client, holder, ("spec.json", "weights.safetensors"), Path(folder))
         own = RunSpec.model_validate_json((Path(folder) / "spec.json").read_bytes())
-        # The champion came out of this very cell: to start from it again would train for ever on unchanged data.
-        if own.with_warm_start(None).run_key == spec.with_warm_start(None).run_key:
+        if own.architecture != spec.architecture:
+            return None
+        # The champion came out of this very cell, or of its twin with another seed: whoever starts from it again
+        # would train for ever on unchanged data.
+        twin = own.with_warm_start(None).model_copy(update={"seed": spec.seed})
+        if twin.run_key == spec.with_warm_start(None).run_key:
             return own.training.warm_start
         return _keep(Path(folder) / "weights.safetensors", settings)
 
@@ -70,5 +88,7 @@ def _keep(weights: Path, settings: Settings) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
             shutil.copyfile(weights, partial.name)
+        # Private until here; workers may be other users.
+        Path(partial.name).chmod(0o644)
         Path(partial.name).replace(target)
     return name

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scored model: `score` is `metric` (higher is better) on the test split of `dataset_version`."""
+    """One scored model: `score` is `metric` (higher is better) on the test split of `dataset_version`.
 
-    run_key: str
+    `training` names it: a run key, or a later training of one.
+    """
+
+    training: str
     dataset_version: str
     protocol: str
     metric: str
@@ -44,11 +47,11 @@ def decide(candidate: Candidate, champion: Candidate | None) -> Verdict:
     """
     rows = [_row("finite score", "finite", champion, candidate, "score", _finite(candidate.score))]
     if not _finite(candidate.score):
-        return Verdict(False, f"{candidate.run_key} has no finite {candidate.metric}: {candidate.score}", rows)
+        return Verdict(False, f"{candidate.training} has no finite {candidate.metric}: {candidate.score}", rows)
     if champion is None:
-        return Verdict(True, f"{candidate.run_key} is the first model with a {candidate.metric} on this dataset", rows)
-    if candidate.run_key == champion.run_key:
-        return Verdict(False, f"{candidate.run_key} already is the champion", rows)
+        return Verdict(True, f"{candidate.training} is the first model with a {candidate.metric} on this dataset", rows)
+    if candidate.training == champion.training:
+        return Verdict(False, f"{candidate.training} already is the champion", rows)
     for field in ("dataset_version", "protocol", "metric"):
         same = getattr(candidate, field) == getattr(champion, field)
         rows.append(_row(f"same {field.replace('_', ' ')}", "equal", champion, candidate, field, same))
@@ -56,14 +59,14 @@ def decide(candidate: Candidate, champion: Candidate | None) -> Verdict:
     if not all(row.passed for row in rows):
         failed = ", ".join(row.gate for row in rows if not row.passed)
         return Verdict(
-            False, f"not comparable ({failed}): score champion {champion.run_key} as the candidate was", rows
+            False, f"not comparable ({failed}): score champion {champion.training} as the candidate was", rows
         )
     assert candidate.score is not None
     assert champion.score is not None
     better = candidate.score > champion.score
     rows.append(_row("superior", f"> {champion.score:.6g}", champion, candidate, "score", better))
     relation = "beats" if better else "does not beat"
-    reason = f"{candidate.metric} {candidate.score:.6g} {relation} champion {champion.run_key}'s {champion.score:.6g}"
+    reason = f"{candidate.metric} {candidate.score:.6g} {relation} champion {champion.training}'s {champion.score:.6g}"
     return Verdict(better, reason, rows)
 
 

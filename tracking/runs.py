@@ -75,23 +75,28 @@ def ensure_parent(client: MlflowClient, *, train_all_id: str, name: str, start_t
 @speaks_to_store
 def close_parent(
     client: MlflowClient,
-    run_id: str,
+    run_id: str | None,
     status: Literal["FINISHED", "FAILED", "KILLED"],
     *,
-    documents: Mapping[str, str],
-    tables: Mapping[str, Sequence[Mapping[str, object]]],
-    metrics: Mapping[str, float],
+    documents: Mapping[str, str] | None = None,
+    tables: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Ends the run of a `train-all` with its leaderboard: texts and tables by file name, and headline numbers."""
+    """Ends the run of a `train-all` with its leaderboard: texts and tables by file name, and headline numbers.
+
+    There is nothing to do where there is no such run.
+    """
     from mlflow.entities import Metric
 
-    for name, text in documents.items():
+    if run_id is None:
+        return
+    for name, text in (documents or {}).items():
         client.log_text(run_id, text, name)
-    for name, rows in tables.items():
+    for name, rows in (tables or {}).items():
         columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
         client.log_table(run_id, columns, name)
     now_ms = time.time_ns() // 1_000_000
-    _send(client, run_id, [Metric(metric_name(key), value, now_ms, 0) for key, value in metrics.items()])
+    _send(client, run_id, [Metric(metric_name(key), value, now_ms, 0) for key, value in (metrics or {}).items()])
     client.set_terminated(run_id, status, end_time=now_ms)
 
 

@@ -268,7 +268,7 @@ class Jobs:
                 time.sleep(POLL_S)
         if finished() or status == "SUCCEEDED":
             return
-        cause = "; ".join(log.causes) or self._client.get_job_info(submission_id).message.splitlines()[0]
+        cause = "; ".join(log.causes) or (log.tail or ["it said nothing"])[-1]
         raise CellFailed(f"Ray job {submission_id} ended {status}: {cause}\n" + "\n".join(log.tail))
 
 

@@ -96,6 +96,12 @@ def training_id(run_folder: Path) -> str:
     return run_folder.name if first == 1 else f"{run_folder.name}.{first}"
 
 
+def latest_code_hash(run_folder: Path) -> str | None:
+    """Hash of the code of the latest attempt, None before the first."""
+    numbers = [int(path.stem) for path in (run_folder / "attempts").glob("*.json")]
+    return read_attempt(run_folder, max(numbers)).code_hash if numbers else None
+
+
 def supersede(run_folder: Path) -> Path:
     """Put a finished training aside, whole, so that the run can be trained anew; returns where it lies now."""
     aside = _superseded(run_folder) / training_id(run_folder)

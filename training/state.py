@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,20 @@ class WarmStart:
 def warm_start_path(storage: Path, weights: str) -> Path:
     """Where weights named `sha256:<hex>` lie in storage."""
     return storage.parent / "warm_starts" / f"{weights.removeprefix('sha256:')}.safetensors"
+
+
+def fitting_share(spec: RunSpec, path: Path) -> float:
+    """The share of an architecture's numbers for which a safetensors file has a tensor of their name and shape."""
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        model = build_model(spec)
+    wanted: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    with safe_open(path, framework="pt") as given:
+        names = wanted.keys() & set(given.keys())
+        fitting = [name for name in names if tuple(given.get_slice(name).get_shape()) == wanted[name]]
+    total: int = sum(math.prod(shape) for shape in wanted.values())
+    return sum(math.prod(wanted[name]) for name in fitting) / total
 
 
 def warm_start(state: TrainingState, path: Path) -> WarmStart:

@@ -33,7 +33,10 @@ def cells(cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResul
 
     def cell(spec: RunSpec, state: str, val_ap: float | None, test_ap: float | None, wall_s: float | None) -> Cell:
         outcome = CellOutcome(
-            make_result(spec, val_ap, test_ap), "f00", wall_s is None, {} if wall_s is None else {"wall": wall_s}
+            make_result(spec, val_ap, test_ap),
+            f"run of {spec.run_key}",
+            wall_s is None,
+            {} if wall_s is None else {"wall": wall_s},
         )
         estimate = Estimate(4.0, 1, "probe") if state == "resume" else None
         return PlannedCell(spec, state, "", "", estimate=estimate), outcome  # type: ignore[arg-type]
@@ -53,7 +56,7 @@ def key(cell: Cell) -> str:
 
 
 def test_order_is_dataset_then_the_mean_over_seeds_on_val(cells: list[Cell]) -> None:
-    rows = ordered(make_rows(cells, {key(cells[2])}))
+    rows = ordered(make_rows(cells, {f"run of {key(cells[2])}"}))
     assert [(row.dataset, row.architecture, row.state) for row in rows] == [
         ("apples", "yolox-tiny", "cached"),
         ("apples", "yolox-nano", "resumed"),
@@ -116,7 +119,7 @@ def test_mean_and_spread_over_seeds_leave_out_the_failed_one(seeds: list[Row]) -
 
 
 def test_markdown_has_a_line_for_every_cell(cells: list[Cell]) -> None:
-    rows = ordered(make_rows(cells, {key(cells[2])}))
+    rows = ordered(make_rows(cells, {f"run of {key(cells[2])}"}))
     table = [
         [text.strip() for text in line.removeprefix("|").removesuffix("|").split("|")]
         for line in as_markdown(rows).splitlines()
@@ -131,6 +134,8 @@ def test_markdown_has_a_line_for_every_cell(cells: list[Cell]) -> None:
     assert (by_name["time"], by_name["state"], by_name[""]) == ("-", f"cached {key(cells[2])}", "champion")
     zebra = dict(zip(table[0], table[6], strict=True))
     assert (zebra["time"], zebra["estimated"], zebra["cost"]) == ("61 s", "-", "0.02 CPU-h")
+    failed = dict(zip(table[0], table[5], strict=True))
+    assert failed[""] == "Ray job 1-1 ended FAILED: the loss is not finite"
 
 
 def test_the_terminal_has_a_table_for_each_dataset(cells: list[Cell]) -> None:

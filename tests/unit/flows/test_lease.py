@@ -76,7 +76,7 @@ def test_one_of_many_threads_at_a_time(storage: Path) -> None:
     for thread in threads:
         thread.join()
     assert (most, total) == (1, 6)
-    assert list(path_of(storage).parent.iterdir()) == []
+    assert list(path_of(storage).parent.glob("*.json")) == []
 
 
 def test_a_living_process_is_waited_for_by_name_and_its_end_ends_the_wait(
@@ -132,3 +132,39 @@ def test_what_another_machine_does_not_renew_expires_and_its_late_holder_learns_
         with pytest.raises(LeaseLost):
             held.check()
     assert json.loads(path_of(storage).read_bytes())["owner"] == "another"
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"owner": '])
+def test_a_damaged_lease_is_nobodys_and_expires(storage: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(flows.lease, "EXPIRES_AFTER_S", 0.5)
+    path_of(storage).parent.mkdir()
+    path_of(storage).write_text(damage)
+    with lease(storage, "abc", lambda _: None, never):
+        assert json.loads(path_of(storage).read_bytes())["pid"] == os.getpid()
+
+
+def test_many_that_wait_for_a_dead_holder_still_come_one_at_a_time(storage: Path) -> None:
+    path_of(storage).parent.mkdir()
+    inside, most = 0, 0
+    count = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        with lease(storage, "abc", lambda _: None, never) as held:
+            with count:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.005)
+            held.check()
+            with count:
+                inside -= 1
+
+    for _ in range(5):
+        gone = {"owner": "x", "host": platform.node(), "pid": 2**22 + 1, "process_started": 0.0}
+        path_of(storage).write_text(json.dumps(gone))
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == 1

@@ -13,7 +13,7 @@ from data.summary import DatasetSummary
 from flows.plan import OUTSIDE_JOB_S, OVERHEAD_S, plan_cell, plan_cells
 from flows.settings import Settings
 from training.checkpoint import save_checkpoint
-from training.records import RESULT, JournalEntry, RunResult, hash_files, write_entry, write_result
+from training.records import RESULT, JournalEntry, RunResult, hash_files, record_attempt, write_entry, write_result
 from training.spec import RunSpec
 
 
@@ -148,3 +148,29 @@ def test_the_estimate_comes_from_a_probe_and_then_from_a_finished_run_of_its_kin
     (resumed,) = plan_cells([spec], settings)
     assert resumed.estimate is not None
     assert measured.estimate.seconds - resumed.estimate.seconds == pytest.approx(100 / 4 + 20 * 0.25)
+
+
+def test_a_half_finished_run_of_other_code_is_said_to_be_one_and_put_aside_when_asked(
+    settings: Settings, spec: RunSpec, run_folder: Path
+) -> None:
+    checkpoint(run_folder / "checkpoint_2026-01-01", spec, 1)
+    record_attempt(run_folder, spec, data_source="", code_hash="0ld")
+    planned = plan_cell(spec, settings)
+    assert (planned.state, planned.superseding) == ("resume", False)
+    assert planned.why == f"stopped after epoch 1 of 2, trained by other code (0ld, now {planned.code_hash})"
+    again = plan_cell(spec, settings, "retrain")
+    assert (again.state, again.superseding) == ("train", True)
+
+
+def test_an_architecture_that_does_not_run_is_planned_without_an_estimate(
+    settings: Settings, cell_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(spec: RunSpec) -> None:
+        if spec.architecture.name == "yolox-s":
+            raise RuntimeError("out of memory")
+
+    counts = DatasetSummary("tiny-squares", "", {"train": 100, "val": 20, "test": 30}, None, None)
+    monkeypatch.setattr(flows.plan, "summarise", lambda *_: counts)
+    monkeypatch.setattr(flows.plan, "probe", broken)
+    planned = plan_cells([cell_spec("yolox-s"), cell_spec("yolox-nano")], settings)
+    assert [(cell.state, cell.estimate) for cell in planned] == [("train", None), ("train", None)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +11,32 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import models
 from flows.evaluate import UnknownRun
+from flows.experiment import Experiment
 from flows.settings import Settings
-from flows.warm_start import NoSuchWeights, resolver
+from flows.warm_start import NoSuchWeights, _resolver, specs_of
 from tracking.client import connect
 from tracking.registry import ARCHITECTURE, promote, register
 from tracking.runs import DatasetRef, ensure_run
 from training.records import RunResult, write_result
-from training.spec import RunSpec
-from training.state import warm_start_path
+from training.spec import ArchitectureSpec, RunSpec
+from training.state import build_model, warm_start_path
+
+SPEC: list[RunSpec] = []
+
+
+@pytest.fixture(autouse=True)
+def spec_of_the_weights(cell_spec: Callable[..., RunSpec]) -> None:
+    SPEC[:] = [cell_spec()]
 
 
 def weights(path: Path, value: float) -> str:
     """Write weights and return the name that a spec gives them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"weight": torch.full((3,), value)}, path)
+    torch.manual_seed(0)
+    tensors = {name: torch.full_like(own, value) for name, own in build_model(SPEC[0]).state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
@@ -32,7 +44,7 @@ def test_a_file_is_kept_under_the_hash_of_its_bytes(
     settings: Settings, tmp_path: Path, cell_spec: Callable[..., RunSpec]
 ) -> None:
     name = weights(tmp_path / "own.safetensors", 1.0)
-    assert resolver(str(tmp_path / "own.safetensors"), settings)(cell_spec()) == name
+    assert _resolver(str(tmp_path / "own.safetensors"), settings)(cell_spec()) == name
     kept = warm_start_path(settings.storage, name)
     assert kept.read_bytes() == (tmp_path / "own.safetensors").read_bytes()
     assert [path.name for path in kept.parent.iterdir()] == [f"{name.removeprefix('sha256:')}.safetensors"]
@@ -44,7 +56,7 @@ def test_a_finished_run_gives_its_weights(
     other = cell_spec(seed=7)
     name = weights(settings.storage / other.run_key / "artifacts" / "weights.safetensors", 2.0)
     write_result(settings.storage / other.run_key, make_result(other, 0.5, 0.5))
-    assert resolver(other.run_key[:6], settings)(cell_spec()) == name
+    assert _resolver(other.run_key[:6], settings)(cell_spec()) == name
 
 
 @pytest.mark.parametrize(
@@ -59,7 +71,7 @@ def test_a_finished_run_gives_its_weights(
 def test_what_is_no_weights_is_refused_by_name(settings: Settings, tmp_path: Path, asked: str, error: type) -> None:
     (tmp_path / "weights.pth").write_bytes(b"pickle")
     with pytest.raises(error, match=asked):
-        resolver(str(tmp_path / asked) if "." in asked else asked, settings)
+        _resolver(str(tmp_path / asked) if "." in asked else asked, settings)
 
 
 def crown(settings: Settings, spec: RunSpec, value: float, folder: Path) -> str:
@@ -86,18 +98,46 @@ def test_the_champion_is_followed_without_training_for_ever(
     settings: Settings, tmp_path: Path, cell_spec: Callable[..., RunSpec]
 ) -> None:
     settings.home.mkdir()
-    resolve = resolver("champion", settings)
-    cell = cell_spec(seed=1)
-    assert resolve(cell) is None, "no champion yet"
-    first = crown(settings, cell_spec(seed=0), 1.0, tmp_path / "first")
-    assert resolve(cell) == first
-    assert resolve(cell_spec("yolox-tiny", seed=1)) is None, "the champion is of another architecture"
+    resolve = _resolver("champion", settings)
+    cells = [cell_spec(seed=seed) for seed in range(3)]
+    assert [resolve(cell) for cell in cells] == [None] * 3, "no champion yet"
+    first = crown(settings, cells[0], 1.0, tmp_path / "first")
+    assert [resolve(cell) for cell in cells] == [None] * 3, "the champion is one of them: nothing to do"
 
-    # The warm cell is trained and takes the title: asked again, it is what it was.
-    warm = cell.with_warm_start(first)
-    second = crown(settings, warm, 2.0, tmp_path / "second")
+    grown = [
+        cell.model_copy(update={"dataset": cell.dataset.model_copy(update={"version": "f" * 32})}) for cell in cells
+    ]
+    assert [resolve(cell) for cell in grown] == [first] * 3, "new data starts from the champion"
+    other = grown[0].model_copy(update={"architecture": cell_spec("yolox-tiny").architecture})
+    assert resolve(other) is None, "the champion is of another architecture"
+
+    # One of them takes the title: asked again, all are what they were.
+    second = crown(settings, grown[1].with_warm_start(first), 2.0, tmp_path / "second")
     assert second != first
-    assert cell.with_warm_start(resolve(cell)).run_key == warm.run_key
-    # New data, though, starts from the new champion.
-    grown = cell.model_copy(update={"dataset": cell.dataset.model_copy(update={"version": "f" * 32})})
-    assert resolve(grown) == second
+    assert [resolve(cell) for cell in grown] == [first] * 3
+
+
+def test_weights_of_another_architecture_are_refused_before_anything_starts(
+    settings: Settings, tmp_path: Path, cell_spec: Callable[..., RunSpec]
+) -> None:
+    weights(tmp_path / "nano.safetensors", 1.0)
+    other = cell_spec()
+    settings_of_tiny = dataclasses.asdict(models.configure("yolox-tiny"))
+    tiny = other.model_copy(update={"architecture": ArchitectureSpec(name="yolox-tiny", settings=settings_of_tiny)})
+    with pytest.raises(NoSuchWeights, match=r"fits \d% of yolox-tiny"):
+        _resolver(str(tmp_path / "nano.safetensors"), settings)(tiny)
+
+
+def test_each_dataset_may_start_from_something_else(settings: Settings, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    experiment = Experiment.model_validate(
+        {
+            "architectures": ["yolox-nano"],
+            "datasets": ["sample-aerial", "sample-surface"],
+            "training_by_dataset": {"sample-surface": {"warm_start": str(tmp_path / "missing.safetensors")}},
+        }
+    )
+    (cold,) = specs_of(experiment, "sample-aerial", "0" * 32, settings)
+    assert cold.training.warm_start is None
+    with pytest.raises(NoSuchWeights, match=r"missing\.safetensors"):
+        specs_of(experiment, "sample-surface", "0" * 32, settings)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tracking.promotion import Candidate, decide
 
 CHAMPION = Candidate("0123456789ab", "aaaa.dir", "coco/v1", "coco/AP", 0.30)
-CHALLENGER = replace(CHAMPION, run_key="ba9876543210", score=0.31)
+CHALLENGER = replace(CHAMPION, training="ba9876543210", score=0.31)
 
 
 def test_the_first_scored_model_is_promoted() -> None:
@@ -29,7 +29,7 @@ def test_promotes_exactly_when_the_score_is_strictly_higher(old: float, new: flo
 def test_a_candidate_without_a_finite_score_is_never_promoted(score: float | None, champion: Candidate | None) -> None:
     verdict = decide(replace(CHALLENGER, score=score), champion)
     assert not verdict.promote
-    assert CHALLENGER.run_key in verdict.reason
+    assert CHALLENGER.training in verdict.reason
 
 
 @pytest.mark.parametrize("score", [None, math.nan, -math.inf])
@@ -46,7 +46,7 @@ def test_scores_that_mean_different_things_are_not_compared(field: str, value: s
     verdict = decide(replace(CHALLENGER, score=0.99, **{field: value}), CHAMPION)
     assert not verdict.promote
     assert [row.gate for row in verdict.rows if not row.passed] == [f"same {field.replace('_', ' ')}"]
-    assert CHAMPION.run_key in verdict.reason
+    assert CHAMPION.training in verdict.reason
 
 
 def test_the_champion_does_not_replace_itself() -> None:
