@@ -60,12 +60,19 @@ class Matrix:
         listed = JobSubmissionClient(self.jobs_url).list_jobs()
         return {job.submission_id: job.status.value for job in listed if job.metadata.get("run_key") in keys}
 
-    def mlflow_runs(self) -> dict[str, Any]:
-        """MLflow's runs of cells by run name."""
-        client = MlflowClient(f"sqlite:///{self.pipeline.home / 'mlflow.db'}")
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(experiments, "tags.`speck.run_key` != ''")
-        return {run.info.run_name: run for run in runs}
+    @property
+    def mlflow(self) -> MlflowClient:
+        """A client of the pipeline's store."""
+        return MlflowClient(f"sqlite:///{self.pipeline.home / 'mlflow.db'}")
+
+    def mlflow_runs(self, tag: str = "speck.run_key") -> dict[str, Any]:
+        """MLflow's runs that have a tag, by default those of cells, by run name."""
+        experiments = [experiment.experiment_id for experiment in self.mlflow.search_experiments()]
+        return {run.info.run_name: run for run in self.mlflow.search_runs(experiments, f"tags.`{tag}` != ''")}
+
+    def parents(self) -> list[str]:
+        """States of the runs that stand for a `train-all`, sorted."""
+        return sorted(run.info.status for run in self.mlflow_runs("speck.train_all").values())
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,7 @@ def check_faults(
     assert all(again[cell]["test_ap"] == row["test_ap"] for cell, row in rows.items() if cell not in broken)
     assert {run.info.status for run in matrix.mlflow_runs().values()} == {"FINISHED"}
     assert len(matrix.mlflow_runs()) == len(rows)
+    assert matrix.parents() == ["FAILED", "FINISHED"]
 
 
 def test_broken_cells_fail_alone_and_the_next_run_trains_exactly_those(matrix: Matrix) -> None:
@@ -165,6 +173,7 @@ def test_ctrl_c_stops_all_jobs_and_the_next_run_goes_on(matrix: Matrix) -> None:
     assert set(matrix.jobs().values()) == {"STOPPED"}
     assert "interrupted; what was reached is kept" in run.output
     assert {run.info.status for run in matrix.mlflow_runs().values()} == {"KILLED"}
+    assert matrix.parents() == ["KILLED"]
     assert list((matrix.pipeline.home / "leases").glob("*.json")) == []
 
     done = max(entry.epoch for entry in matrix.pipeline.reports())
@@ -192,5 +201,9 @@ def test_changed_code_makes_cells_stale_and_retrains_them_when_asked(matrix: Mat
     assert (aside / "result.json").is_file()
     runs = matrix.mlflow_runs().values()
     assert sorted("speck.superseded_by" in run.data.tags for run in runs) == [False, True]
+    versions = matrix.mlflow.search_model_versions("name = 'sample-aerial'")
+    reasons = {version.version: version.tags["speck.reason"] for version in versions}
+    assert reasons.keys() == {1, 2}
+    assert f"champion {row['run_key']}'s" in reasons[2], "the new training was compared with the old one"
     final, _ = matrix.finish("--on-code-change", "retrain")
     assert final[cell]["state"] == "cached"
