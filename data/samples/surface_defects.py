@@ -18,9 +18,9 @@ from data.samples.surface_texture import Colour, Field, Image, Plate
 SCRATCH, PIT, INCLUSION, STAIN = range(4)
 SUPERSAMPLING = 4
 # Shortest and longest; small ones are the most frequent.
-LONG_SIDES_PX = {SCRATCH: (18.0, 88.0), PIT: (9.0, 26.0), INCLUSION: (10.0, 34.0), STAIN: (16.0, 80.0)}
+LONG_SIDES_PX = {SCRATCH: (16.0, 56.0), PIT: (9.0, 26.0), INCLUSION: (10.0, 34.0), STAIN: (16.0, 80.0)}
 # A thinner box would be a matter of how its pixels are rounded.
-MIN_SHORT_SIDE_PX = 6.0
+MIN_SHORT_SIDE_PX = 8.0
 
 _MARGIN_PX = 3
 # Slag, rust, flux and brass, whose grey level follows from the metal they lie in.
@@ -78,7 +78,7 @@ def _scratch(rng: np.random.Generator, plate: Plate, long_side_px: float, faint:
         fixed, shape = _fit(np.stack([t, bow * (t**2) + wobble], axis=1) @ _turn(heading_rad), long_side_px)
         if np.ptp(fixed, axis=0).min() >= MIN_SHORT_SIDE_PX * SUPERSAMPLING:
             break
-    width_px = float(rng.uniform(1.9, 3.0)) * (0.8 + long_side_px / 150)
+    width_px = float(rng.uniform(2.2, 3.4)) * (0.9 + long_side_px / 150)
     mask, pressure = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
     # The tool chatters: it presses more here and less there.
     for k, level in enumerate(rng.integers(110, 256, len(t) - 1).tolist()):
@@ -90,8 +90,8 @@ def _scratch(rng: np.random.Generator, plate: Plate, long_side_px: float, faint:
     bright = rng.random() < 0.7
     gain = int(rng.integers(26, 40)) if faint else int(rng.integers(48, 80))
     relief = _lit(mask, plate.light_rad, 3, 2, gain)
-    bgr = _moved(plate.bgr, int(rng.integers(50, 85)) if bright else -int(rng.integers(45, 70)))
-    return _finished(SCRATCH, mask, pressure, 110 if faint else int(rng.integers(170, 250)), relief, bgr)
+    bgr = _moved(plate.bgr, int(rng.integers(60, 95)) if bright else -int(rng.integers(55, 85)))
+    return _finished(SCRATCH, mask, pressure, 140 if faint else int(rng.integers(205, 255)), relief, bgr)
 
 
 def _pit(rng: np.random.Generator, plate: Plate, long_side_px: float, faint: bool) -> Defect:
@@ -133,7 +133,7 @@ def _stain(rng: np.random.Generator, plate: Plate, long_side_px: float, faint: b
     mask = np.zeros(shape, np.uint8)
     cv2.fillPoly(mask, [fixed], 255)
     inner = cv2.blur(mask, (2 * round(long_side_px * 0.3) + 1,) * 2).astype(np.int32)
-    film, rim = (int(rng.integers(60, 90)), 90) if faint else (int(rng.integers(95, 140)), 110)
+    film, rim = (int(rng.integers(80, 110)), 90) if faint else (int(rng.integers(125, 170)), 85)
     level = film + (255 - inner) * rim // 255
     opacity = np.asarray(cv2.blur((level * (mask > 0)).astype(np.uint8), (9, 9)), np.uint8)
     bgr = _FILMS[int(rng.integers(len(_FILMS)))]
