@@ -114,6 +114,8 @@ class CellRunner:
             raise
         except Exception as error:
             self.recorder.end(run_folder, "KILLED" if isinstance(error, Cancelled) else "FAILED")
+            if isinstance(error, CellFailed):
+                error.job_s = time.monotonic() - started
             raise
         return time.monotonic() - started
 

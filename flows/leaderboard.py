@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cells import CellOutcome
 from flows.plan import PlannedCell
-from training.jobs import demand
+from training.jobs import CellFailed, demand
+from training.spec import RunSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,24 +81,21 @@ def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], cham
             "estimated_disk_bytes": None if estimate is None else estimate.disk_bytes,
         }
         if isinstance(outcome, Exception):
-            rows.append(Row(**common, state="failed", error=_first_line(outcome)))
+            wall_s = outcome.job_s or None if isinstance(outcome, CellFailed) else None
+            rows.append(Row(**common, **_used(spec, wall_s), state="failed", error=_first_line(outcome)))
             continue
         val, test = outcome.result.scores["val"].metrics, outcome.result.scores["test"].metrics
-        wall_s = outcome.seconds.get("wall")
-        used = {kind: amount * (wall_s or 0.0) / 3600 for kind, amount in demand(spec).items()}
         rows.append(
             Row(
                 **common,
+                **_used(spec, outcome.seconds.get("wall")),
                 state=_done(cell, outcome),
                 val_ap=val["coco/AP"],
                 test_ap=test["coco/AP"],
                 test_ap50=test["coco/AP50"],
                 test_ap_small=test["coco/AP_small"],
-                wall_s=wall_s,
                 disk_bytes=outcome.disk_bytes,
                 trained_s=outcome.result.seconds["job"],
-                cpu_hours=used["CPU"],
-                gpu_hours=used["GPU"],
                 champion=outcome.run_id in champions,
             )
         )
@@ -181,20 +179,21 @@ def flat_summaries(rows: Sequence[Row]) -> list[dict[str, object]]:
 
 def spent(rows: Sequence[Row]) -> str:
     """One sentence: what was trained and what that cost, what was reused and what that saved."""
-    trained = [row for row in rows if row.wall_s is not None]
+    trained = [row for row in rows if row.wall_s is not None and row.error is None]
     reused = [row for row in rows if row.wall_s is None and row.error is None]
     failed = [row for row in rows if row.error is not None]
     estimated = [row.estimated_s for row in trained if row.estimated_s is not None]
-    parts = [f"{len(trained)} trained in {sum(row.wall_s or 0.0 for row in trained):.0f} s"]
-    if estimated and len(estimated) == len(trained):
-        parts[0] += f" (estimated {sum(estimated):.0f} s)"
+    parts = []
     if trained:
-        parts[0] += f", {_cost(trained)}"
+        whole = f" (estimated {sum(estimated):.0f} s)" if len(estimated) == len(trained) else ""
+        took = sum(row.wall_s or 0.0 for row in trained)
+        parts.append(f"{len(trained)} trained in {took:.0f} s{whole}, {_cost(trained)}")
     if reused:
         parts.append(f"{len(reused)} reused, which saved {sum(row.trained_s or 0.0 for row in reused):.0f} s")
     if failed:
-        parts.append(f"{len(failed)} failed")
-    return f"{len(rows)} cells: {'; '.join(parts)}"
+        cost = f" after {sum(row.wall_s or 0.0 for row in failed):.0f} s, {_cost(failed)}"
+        parts.append(f"{len(failed)} failed{cost if any(row.wall_s for row in failed) else ''}")
+    return f"{len(rows)} {'cell' if len(rows) == 1 else 'cells'}: {'; '.join(parts)}"
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, ...]]]]:
@@ -230,6 +229,11 @@ def _cell_line(row: Row) -> tuple[str, ...]:
     remark = (row.error or ("champion" if row.champion else "")).replace("|", "/")
     state = f"{row.state} {row.run_key}".strip()
     return (row.architecture, str(row.seed), *scores, *times, _disk(row), _cost([row]), state, remark)
+
+
+def _used(spec: RunSpec, wall_s: float | None) -> dict[str, Any]:
+    hours = {kind: amount * (wall_s or 0.0) / 3600 for kind, amount in demand(spec).items()}
+    return {"wall_s": wall_s, "cpu_hours": hours["CPU"], "gpu_hours": hours["GPU"]}
 
 
 def _done(cell: PlannedCell, outcome: CellOutcome) -> str:

@@ -151,7 +151,11 @@ class TrainAll:
             return train_cell.submit(cell, runner)
 
         if any(cell.trains for cell in planned):
-            jobs()  # Here, because Ray wants to start in the main thread.
+            try:
+                jobs()  # Here, because Ray wants to start in the main thread.
+            except Exception as error:
+                # Cells that need no training go on; the others try again, and say why they fail.
+                warn(f"no Ray cluster: {error}")
         cells = run_cells(planned, start, room, self.stop)  # type: ignore[arg-type]
         for cell, outcome in cells:
             if isinstance(outcome, Exception):

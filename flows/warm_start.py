@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.evaluate import find_result
+from flows.evaluate import UnknownRun, find_result
 from flows.experiment import Experiment
 from flows.settings import Settings
 from tracking.client import connect
@@ -30,8 +30,8 @@ def specs_of(experiment: Experiment, dataset: str, version: str, settings: Setti
     A dataset without a champion, or with one of another architecture, starts cold.
 
     Raises:
-        NoSuchWeights: the file is missing or not safetensors, or the weights fit less than half of an architecture.
-        UnknownRun: no run of that key has finished.
+        NoSuchWeights: the file is missing or not safetensors, no run of that key has finished, or the weights fit
+            less than half of an architecture.
         TrackingUnavailable: the champion cannot be asked for.
     """
     asked = experiment.training_for(dataset).warm_start
@@ -48,7 +48,13 @@ def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]
                 f"training.warm_start={asked!r} must be a .safetensors file that exists, a run key, or {CHAMPION!r}"
             )
     else:
-        path = settings.storage / find_result(asked, settings).run_key / "artifacts" / "weights.safetensors"
+        try:
+            run_key = find_result(asked, settings).run_key
+        except UnknownRun as error:
+            raise NoSuchWeights(
+                f"training.warm_start={asked!r} must be a .safetensors file, a run key, or {CHAMPION!r}: {error}"
+            ) from None
+        path = settings.storage / run_key / "artifacts" / "weights.safetensors"
 
     def resolve(spec: RunSpec) -> str:
         share = fitting_share(spec, path)

@@ -36,7 +36,9 @@ FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
 class CellFailed(RuntimeError):
-    """A cell's Ray job ended without success."""
+    """A cell's Ray job ended without success, after `job_s` seconds; 0 where none ran."""
+
+    job_s = 0.0
 
 
 @dataclass(frozen=True)

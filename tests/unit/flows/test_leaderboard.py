@@ -42,6 +42,7 @@ def cells(cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResul
         return PlannedCell(spec, state, "", "", estimate=estimate), outcome  # type: ignore[arg-type]
 
     failure = CellFailed("Ray job 1-1 ended FAILED: the loss is not finite\nTraceback (most recent call last):\n  ...")
+    failure.job_s = 36.0
     return [
         cell(cell_spec("yolox-nano", "zebras"), "train", 0.25, 0.5, 61.4),
         cell(cell_spec("yolox-nano", "apples"), "resume", 0.125, 0.75, 5.0),
@@ -79,8 +80,10 @@ def test_a_failed_cell_says_why_in_one_line(cells: list[Cell]) -> None:
     (failed,) = [row for row in make_rows(cells, set()) if row.error is not None]
     assert failed.error == "Ray job 1-1 ended FAILED: the loss is not finite"
     assert (failed.seed, failed.run_key, failed.val_ap) == (3, key(cells[3]), None)
+    # Its hour is as dear as any other: one worker with one CPU for 36 s.
+    assert (failed.wall_s, failed.cpu_hours) == (36.0, pytest.approx(0.01))
     (silent,) = make_rows([(cells[3][0], KeyError())], set())
-    assert silent.error == "KeyError()"
+    assert (silent.error, silent.wall_s, silent.cpu_hours) == ("KeyError()", None, 0.0)
 
 
 def test_a_dataset_without_a_version_fails_each_of_its_cells() -> None:
@@ -147,9 +150,11 @@ def test_the_terminal_has_a_table_for_each_dataset(cells: list[Cell]) -> None:
 
 def test_what_was_spent_and_saved(cells: list[Cell]) -> None:
     assert spent(make_rows(cells, set())) == (
-        "5 cells: 3 trained in 68 s, 0.02 CPU-h; 1 reused, which saved 60 s; 1 failed"
+        "5 cells: 3 trained in 68 s, 0.02 CPU-h; 1 reused, which saved 60 s; 1 failed after 36 s, 0.01 CPU-h"
     )
-    assert spent(make_rows(cells[1:2], set())) == "1 cells: 1 trained in 5 s (estimated 4 s), 0.00 CPU-h"
+    never_ran = [(cells[3][0], CellFailed("no room"))]
+    assert spent(make_rows(never_ran, set())) == "1 cell: 1 failed"
+    assert spent(make_rows(cells[1:2], set())) == "1 cell: 1 trained in 5 s (estimated 4 s), 0.00 CPU-h"
 
 
 def test_json_gives_every_field_back(cells: list[Cell], seeds: list[Row]) -> None:

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 import models
-from flows.evaluate import UnknownRun
 from flows.experiment import Experiment
 from flows.settings import Settings
 from flows.warm_start import NoSuchWeights, _resolver, specs_of
@@ -65,7 +64,7 @@ def test_a_finished_run_gives_its_weights(
         ("missing.safetensors", NoSuchWeights),
         ("weights.pth", NoSuchWeights),
         ("a/b", NoSuchWeights),
-        ("beef", UnknownRun),
+        ("beef", NoSuchWeights),
     ],
 )
 def test_what_is_no_weights_is_refused_by_name(settings: Settings, tmp_path: Path, asked: str, error: type) -> None:
