@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARENT_EXPERIMENT = "train-all"
+# A store in SQLite lists metrics as they came, and MLflow's page of compared runs opens with the first.
+FIRST_METRIC = "val/coco/AP"
 RUN_KEY = "speck.run_key"
 TRAINING = "speck.training"
 SUPERSEDED_BY = "speck.superseded_by"
@@ -178,6 +180,7 @@ def replay(client: MlflowClient, run_id: str, entries: Iterable[JournalEntry]) -
                 num_present += 1
             else:
                 batch.append(Metric(name, float(value), entry.timestamp_ms, entry.step))
+    batch.sort(key=lambda metric: metric.key != FIRST_METRIC)
     _send(client, run_id, batch)
     if non_finite:
         _note_non_finite(client, run_id, non_finite)

@@ -121,6 +121,13 @@ def test_three_replays_leave_each_step_once_with_its_own_time(client: Any) -> No
         assert sorted(found) == [(entry.step, entry.timestamp_ms, entry.metrics[key]) for entry in entries]
 
 
+def test_the_page_of_compared_runs_opens_with_the_validation_score(client: Any) -> None:
+    run_id = start(client, "compared")
+    metrics = {"system/cpu": 50.0, "train/loss": 1.0, "val/coco/AP": 0.25}
+    replay(client, run_id, [JournalEntry(0, 1, 1_000, metrics), JournalEntry(1, 2, 2_000, metrics)])
+    assert next(iter(client.get_run(run_id).data.metrics)) == "val/coco/AP"
+
+
 def test_a_replay_cut_short_is_completed(client: Any) -> None:
     run_id, entries = start(client, "cut"), epochs(20)
     replay(client, run_id, entries[:7])
