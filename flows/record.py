@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Recorder:
     """Keeps one cell's MLflow run up to date with its journal.
 
-    When the store is unreachable it says so once and stops trying; the journal keeps everything for later.
+    When the store is unreachable it says so once and stops trying until the next `begin`; the journal keeps everything.
     """
 
     def __init__(self, tracking_uri: str, parent_run_id: str | None, warn: Callable[[str], None]) -> None:
@@ -59,6 +59,7 @@ class Recorder:
                 parent_run_id=self._parent_run_id,
             )  # fmt: skip
 
+        self._lost = False
         if self.run_id is None:
             self._try(create)
 

@@ -313,6 +313,7 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
 
 def _log_dataset(client: MlflowClient, run: Any, dataset: DatasetRef) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     # MLflow keeps one input per (name, digest), and with it one context: hence a name per split.
     names = {f"{dataset.name}/{split}": split for split in dataset.num_images}
@@ -328,7 +329,12 @@ def _log_dataset(client: MlflowClient, run: Any, dataset: DatasetRef) -> None:
         for name, split in names.items()
         if (name, dataset.version) not in present
     ]
-    if inputs:
+    if not inputs:
+        return
+    try:
+        client.log_inputs(run.info.run_id, datasets=inputs)
+    except MlflowException:
+        # Of two cells that begin together, MLflow refuses one: both found the dataset missing and wrote it.
         client.log_inputs(run.info.run_id, datasets=inputs)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import flows.record
 from flows.record import Recorder, flat_params, flat_scores, provenance
+from tracking.client import connect
 from training.records import Attempt, JournalEntry, RunResult, write_entry
 from training.spec import RunSpec
 
@@ -46,6 +47,24 @@ def test_a_store_that_is_not_there_costs_one_warning(
     assert recorder.run_id is None
     assert len(warnings) == 1
     assert uri in warnings[0]
+
+
+def test_a_store_that_comes_back_before_the_end_of_a_cell_gets_all_of_it(
+    tmp_path: Path, cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult], environment: None
+) -> None:
+    database, spec, warnings = tmp_path / "mlflow.db", cell_spec(), list[str]()
+    database.write_text("no database")
+    recorder = Recorder(f"sqlite:///{database}", None, warnings.append)
+    attempt = Attempt(run_key=spec.run_key, number=1, spec=spec, data_source="", code_hash="c", submitted_ms=1)
+    recorder.begin(attempt, tmp_path)
+    assert len(warnings) == 1
+    database.unlink()
+    recorder.begin(attempt, tmp_path)
+    recorder.finish(tmp_path, make_result(spec, 0.25, 0.5))
+    assert recorder.run_id is not None
+    run = connect(f"sqlite:///{database}").get_run(recorder.run_id)
+    assert (run.info.status, run.data.metrics["final/test/coco/AP"]) == ("FINISHED", 0.5)
+    assert len(warnings) == 1
 
 
 def test_params_are_the_whole_spec_but_the_card_under_dotted_names(cell_spec: Callable[..., RunSpec]) -> None:

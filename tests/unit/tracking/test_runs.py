@@ -4,10 +4,14 @@ import json
 import logging
 import math
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from tracking import runs
 from tracking.names import metric_name
@@ -67,6 +71,22 @@ def test_a_run_created_twice_by_a_lost_answer_is_one_run_afterwards(client: Any)
     tags = client.get_run(twin).data.tags
     assert "speck.training" not in tags
     assert tags["speck.duplicate_of"] == run_id
+
+
+def test_cells_that_begin_together_share_the_dataset(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(client, "first", dataset=DatasetRef("other", "0" * 32, "/srv/other", {"test": 1}))
+    together = threading.Barrier(4)
+    log_inputs = MlflowClient.log_inputs
+
+    def log_together(self: MlflowClient, *arguments: Any, **named: Any) -> None:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(timeout=2)
+        log_inputs(self, *arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", log_together)
+    with ThreadPoolExecutor(4) as pool:
+        run_ids = list(pool.map(lambda key: start(client, key), ("a", "b", "c", "d")))
+    assert [len(client.get_run(run_id).inputs.dataset_inputs) for run_id in run_ids] == [3] * 4
 
 
 def test_another_training_of_a_run_key_has_a_run_of_its_own_and_the_earlier_one_points_to_it(client: Any) -> None:
