@@ -9,6 +9,7 @@ from pathlib import Path
 from data.card import card_names
 from data.coco import annotation_file
 from data.records import SPLITS
+from data.samples.scene import load_recipe
 from data.versioning import current_version
 
 
@@ -16,9 +17,9 @@ from data.versioning import current_version
 class DatasetSummary:
     """What is known of a dataset without running anything.
 
-    `version` and `size_bytes` are None until it has been versioned; `num_images` (by split) is empty and the box
-    counts None while its prepared files are not in the working tree. `num_boxes_clipped` stuck out of their image,
-    `num_boxes_excluded` had no area inside it or repeated another.
+    `version` and `size_bytes` are None until it has been versioned. While its prepared files are not in the working tree,
+    the box counts are None, and `num_images` (by split) is empty, but for a rendered dataset. `num_boxes_clipped` stuck
+    out of their image, `num_boxes_excluded` had no area inside it or repeated another.
     """
 
     name: str
@@ -42,7 +43,9 @@ def summarise(name: str, repo: Path) -> DatasetSummary:
     if version is None:
         return DatasetSummary(name, None, {}, None, None)
     if not prepared.is_dir():
-        return DatasetSummary(name, version.version, {}, None, version.size_bytes)
+        raw = repo / "data" / "raw" / name
+        num_images = dict(load_recipe(raw).num_images) if (raw / "recipe.yaml").is_file() else {}
+        return DatasetSummary(name, version.version, num_images, None, version.size_bytes)  # type: ignore[arg-type]
     documents = {split: json.loads(annotation_file(prepared, split).read_bytes()) for split in SPLITS}
     return DatasetSummary(
         name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import subprocess
@@ -58,26 +59,29 @@ def version_dataset(name: str, repo: Path) -> DatasetVersion:
         VersioningFailed: `repo` is no git repository, dvc.lock is damaged, or DVC or the preparation failed.
     """
     load_card(name, repo / "data" / "catalog")
-    _require_git(repo)
-    environment = os.environ | {
-        "DVC_NO_ANALYTICS": "1",
-        # The stage's `python` must be this interpreter.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-    }
-    command = [sys.executable, "-m", "dvc", "repro", stage_name(name)]
     with _one_writer(repo) as lock:
         # A damaged dvc.lock is named before DVC stumbles over it.
         current_version(name, repo)
-        finished = subprocess.run(
-            command, cwd=repo, env=environment, pass_fds=(lock,), capture_output=True, text=True, check=False
-        )
-        if finished.returncode != 0:
-            raise _failure(name, finished)
+        finished = _dvc(name, repo, lock, "repro")
         version = current_version(name, repo)
     logger.info("%s", finished.stdout + finished.stderr)
     if version is None:
         raise VersioningFailed(f"dataset {name!r}: DVC succeeded but dvc.lock has no entry {stage_name(name)!r}")
     return DatasetVersion(**vars(version) | {"regenerated": "Running stage" in finished.stdout})
+
+
+def planned_version(name: str, repo: Path) -> DatasetVersion | None:
+    """Return the version that `version_dataset` will return, or None where only preparing the dataset can tell.
+
+    Raises: see `version_dataset`.
+    """
+    load_card(name, repo / "data" / "catalog")
+    with _one_writer(repo) as lock:
+        if (version := current_version(name, repo)) is None:
+            return None
+        changes = json.loads(_dvc(name, repo, lock, "status", "--json").stdout).get(stage_name(name), [])
+    # Output that is not there is made again, or fetched, and has the same hash.
+    return version if all("changed outs" in change for change in changes) else None
 
 
 def current_version(name: str, repo: Path) -> DatasetVersion | None:
@@ -112,6 +116,22 @@ def stage_name(name: str) -> str:
     return f"prepare@{name}"
 
 
+def _dvc(name: str, repo: Path, lock: int, *command: str) -> subprocess.CompletedProcess[str]:
+    _require_git(repo)
+    environment = os.environ | {
+        "DVC_NO_ANALYTICS": "1",
+        # The stage's `python` must be this interpreter.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "dvc", *command, stage_name(name)],
+        cwd=repo, env=environment, pass_fds=(lock,), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if finished.returncode != 0:
+        raise _failure(name, finished, command[0])
+    return finished
+
+
 def _require_git(repo: Path) -> None:
     # DVC asks for a repository alone; the command `git` serves the user's own commits.
     if not (repo / ".git").exists():
@@ -134,7 +154,7 @@ def _one_writer(repo: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _failure(name: str, finished: subprocess.CompletedProcess[str]) -> VersioningFailed:
+def _failure(name: str, finished: subprocess.CompletedProcess[str], command: str) -> VersioningFailed:
     output = f"{finished.stdout}\n{finished.stderr}"
     last = "\n".join([line for line in output.splitlines() if line.strip()][-SHOWN_LINES:])
     if any(sign in output.lower() for sign in _LOCKED):
@@ -145,5 +165,5 @@ def _failure(name: str, finished: subprocess.CompletedProcess[str]) -> Versionin
     if f"'{stage_name(name)}'" in last and "not found" in last:
         return VersioningFailed(f"dataset {name!r} has no stage: add it to `datasets` in params.yaml.\n{last}")
     return VersioningFailed(
-        f"dataset {name!r}: `dvc repro {stage_name(name)}` failed with status {finished.returncode}:\n{last}"
+        f"dataset {name!r}: `dvc {command} {stage_name(name)}` failed with status {finished.returncode}:\n{last}"
     )

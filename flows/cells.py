@@ -70,6 +70,9 @@ class CellRunner:
             # What was planned may be done meanwhile.
             cell = plan_cell(spec, self.settings, self.on_code_change)
             wall_s = self._train(cell, held) if cell.trains else None
+            if wall_s is not None:
+                # The job may have been another flow's, submitted under other rules of scoring.
+                cell = plan_cell(spec, self.settings)
             result = read_result(run_folder)
             if result is None:
                 raise CellFailed(f"{run_folder / RESULT} is missing although the Ray job succeeded; run again")
@@ -87,10 +90,14 @@ class CellRunner:
         self._check_stop()
         spec, jobs, started = cell.spec, self.jobs(), time.monotonic()
         run_folder = self.settings.storage / spec.run_key
+        submission_id = jobs.living(spec.run_key)
         if cell.superseding:
+            if submission_id is not None:
+                self.say(f"stopping Ray job {submission_id}, which trains by other code")
+                jobs.stop(submission_id)
+                submission_id = None
             self.say(f"the training by other code is kept in {supersede(run_folder)}")
         run_folder.mkdir(parents=True, exist_ok=True)
-        submission_id = jobs.living(spec.run_key)
         if submission_id is None:
             # A damaged result, or none: from here on the run counts as unfinished.
             (run_folder / RESULT).unlink(missing_ok=True)
@@ -110,7 +117,9 @@ class CellRunner:
         try:
             self._follow(jobs, submission_id, cell, held)
         except LeaseLost:
-            # The run is another flow's now, and so is its record.
+            # The run is another flow's now, and so is its record. That flow attaches to the job where it can reach it.
+            if jobs.embedded:
+                jobs.stop(submission_id)
             raise
         except Exception as error:
             self.recorder.end(run_folder, "KILLED" if isinstance(error, Cancelled) else "FAILED")

@@ -84,7 +84,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what train-all would do to each cell, and why, without doing it."""
-    from data.versioning import current_version
+    from data.versioning import planned_version
     from flows.experiment import load_experiment
     from flows.plan import plan_cells
     from flows.plan_table import as_json as plan_as_json
@@ -95,7 +95,7 @@ def plan(
     experiment = load_experiment(
         spec, sets, architectures=_names(architectures), datasets=_names(datasets), seeds=_seeds(seeds)
     )
-    found = {name: current_version(name, REPO) for name in experiment.datasets}
+    found = {name: planned_version(name, REPO) for name in experiment.datasets}
     known = {name: version.version for name, version in found.items() if version is not None}
     unversioned = sorted(found.keys() - known.keys())
     settings = Settings()
@@ -104,10 +104,14 @@ def plan(
     if as_json:
         print_json({"cells": plan_as_json(planned), "unversioned_datasets": unversioned})
         return
+    for name, version in known.items():
+        typer.echo(f"{name}: version {version[:12]}")
     for cell in planned:
         typer.echo(line(cell))
     for name in unversioned:
-        typer.echo(f"every cell on {name}: train: it has no version yet, train-all will make one")
+        typer.echo(
+            f"every cell on {name}: unknown before train-all prepares it; it is new, or what it is made from changed"
+        )
     typer.echo(total(planned))
 
 

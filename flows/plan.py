@@ -70,10 +70,11 @@ def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = 
     """Decide from what lies in storage whether a cell is done, half done or new."""
     run_folder = settings.storage / spec.run_key
     code_hash = training_code_hash(REPO, models.ARCHITECTURES[spec.architecture.name].build.__module__)
+    damaged = ""
     try:
         result = read_result(run_folder)
     except CorruptResult as error:
-        return PlannedCell(spec, "resume", f"its result is damaged: {str(error).splitlines()[0]}", code_hash)
+        result, damaged = None, f"its result is damaged: {str(error).splitlines()[0]}"
     if result is not None:
         return _plan_finished(spec, result, code_hash, on_code_change)
     for folder in newest_first(run_folder):
@@ -81,14 +82,14 @@ def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = 
             manifest = verify_checkpoint(folder)
         except CorruptCheckpoint:
             continue
-        why = f"stopped after epoch {manifest.epoch} of {spec.training.epochs}"
+        why = damaged or f"stopped after epoch {manifest.epoch} of {spec.training.epochs}"
         before = latest_code_hash(run_folder)
         if before is not None and before != code_hash:
             why += f", trained by other code ({before}, now {code_hash})"
             if on_code_change == "retrain":
                 return PlannedCell(spec, "train", why, code_hash, superseding=True)
         return PlannedCell(spec, "resume", why, code_hash, epochs_done=manifest.epoch)
-    return PlannedCell(spec, "train", "nothing was trained with this configuration and data", code_hash)
+    return PlannedCell(spec, "train", damaged or "nothing was trained with this configuration and data", code_hash)
 
 
 def _plan_finished(spec: RunSpec, result: RunResult, code_hash: str, on_code_change: OnCodeChange) -> PlannedCell:

@@ -41,7 +41,13 @@ def run_cells(
     a longer one's successors: the next waits until it fits, alone if it must. When this thread is interrupted, `stop`
     is set and the cells under way are waited for.
     """
-    waiting = sorted(cells, key=lambda cell: (cell.trains, cell.estimate.seconds if cell.estimate else float("inf")))
+    # Scoring happens here, one cell at a time; the cluster should not wait for it.
+    waiting = sorted(
+        cells,
+        key=lambda cell: (
+            cell.state == "score", cell.trains, cell.estimate.seconds if cell.estimate else float("inf"),
+        ),
+    )  # fmt: skip
     running: dict[str, tuple[PlannedCell, Future]] = {}
     outcomes: dict[str, CellOutcome | Exception] = {}
     done: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from flows.evaluate import UnknownRun, find_result
@@ -13,6 +14,7 @@ from flows.settings import Settings
 from tracking.client import connect
 from tracking.registry import champion, download
 from training.checkpoint import file_sha256
+from training.records import Attempt
 from training.spec import RunSpec
 from training.state import fitting_share, warm_start_path
 
@@ -40,7 +42,13 @@ def specs_of(experiment: Experiment, dataset: str, version: str, settings: Setti
 
 def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]:
     if asked == CHAMPION:
-        return lambda spec: _from_champion(spec, settings)
+        earlier = _earlier_starts(settings)
+
+        def follow(spec: RunSpec) -> str | None:
+            # On unchanged data a cell keeps what it started from, whoever is champion since: retraining ends.
+            return earlier[spec.run_key] if spec.run_key in earlier else _from_champion(spec, settings)
+
+        return follow
     path = Path(asked).expanduser()
     if path.suffix or len(path.parts) > 1:
         if path.suffix != ".safetensors" or not path.is_file():
@@ -66,6 +74,16 @@ def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]
         return _keep(path, settings)
 
     return resolve
+
+
+def _earlier_starts(settings: Settings) -> dict[str, str | None]:
+    """What every cell that was ever begun started from, the latest time, by its run key without a warm start."""
+    starts: dict[str, str | None] = {}
+    for path in sorted(settings.storage.glob("*/attempts/*.json"), key=lambda path: path.stat().st_mtime_ns):
+        with suppress(OSError, ValueError):  # Whose record is damaged: its own plan says so.
+            spec = Attempt.model_validate_json(path.read_bytes()).spec
+            starts[spec.with_warm_start(None).run_key] = spec.training.warm_start
+    return starts
 
 
 def _from_champion(spec: RunSpec, settings: Settings) -> str | None:

@@ -157,6 +157,11 @@ class Jobs:
         # Ray itself would look for any cluster on the machine, and may find another one.
         self._address = {} if cluster.address == "auto" else {"RAY_ADDRESS": cluster.address}
 
+    @property
+    def embedded(self) -> bool:
+        """True if the cluster is this process's own, which no other machine reaches."""
+        return bool(self._resources)
+
     def living(self, run_key: str) -> str | None:
         """Submission id of a job of this run that has not ended, or None."""
         for job in self._client.list_jobs():
@@ -186,6 +191,8 @@ class Jobs:
                 "RAY_DEDUP_LOGS": "0",
                 # Or every printed line comes twice.
                 "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+                # Workers wait for room: a cluster may be busy with other people's work, or have to grow first.
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
             }
             | {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
         )

@@ -33,7 +33,7 @@ MAX_NON_FINITE_STEPS = 20
 
 
 class Diverged(RuntimeError):
-    """The loss was not finite for too many steps in a row."""
+    """The loss was not finite for too many steps in a row, or weights are not."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ def train(
     Raises:
         ValueError: the training split is smaller than one global batch.
         UnfitWeights: see `warm_start`.
-        Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row.
+        Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row or a whole epoch, or a weight is not.
     """
     torch.manual_seed(spec.seed)
     state = build_state(spec, workers.device)
@@ -82,6 +82,7 @@ def train(
         sampler.set_epoch(state.epoch)
         metrics = train_one_epoch(spec, state, parallel, loader, workers, hooks, closing=closing)
         workers.share_buffers(state.model, state.average)
+        _require_finite(state, len(loader))
         metrics["time/train_s"] = time.monotonic() - started
         metrics["train/images_left_out"] = float(sampler.num_dropped)
         metrics["train/images_per_s"] = len(loader) * spec.training.batch_size / metrics["time/train_s"]
@@ -152,6 +153,17 @@ def train_one_epoch(
         if workers.rank == 0 and (news := meter.news(state)) is not None:
             hooks.progress(news)
     return meter.means() | {"train/learning_rate": learning_rate_at(max(state.step - 1, 0), len(loader), spec.training)}
+
+
+def _require_finite(state: TrainingState, steps_per_epoch: int) -> None:
+    """Raise Diverged rather than keep, score and promote what an epoch left behind."""
+    weights = {**state.model.state_dict(), **state.average.module.state_dict(prefix="average.")}
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken or state.skipped_in_a_row >= steps_per_epoch:
+        what = f"{len(broken)} weights, {broken[0]} first, were" if broken else "the loss of every step was"
+        raise Diverged(
+            f"{what} not finite in epoch {state.epoch + 1}; lower training.learning_rate or set training.precision=fp32"
+        )
 
 
 def _training_data(

@@ -28,25 +28,31 @@ def probe(spec: RunSpec) -> Probe | None:
     on_gpu = spec.compute.gpus_per_worker > 0
     if on_gpu and not torch.cuda.is_available():
         return None
-    device = torch.device("cuda" if on_gpu else "cpu")
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(max(1, int(spec.compute.cpus_per_worker)))
     try:
-        state = build_state(spec, device)
-        share = max(1, spec.training.batch_size // spec.compute.workers)
-        side = spec.training.input_size_px
-        images = torch.rand(share, 3, side, side, device=device).mul_(255).contiguous(memory_format=torch.channels_last)
-        targets = _targets(share, side, device)
-        # The first pass allocates and chooses kernels.
-        _step(spec, state, images, targets)
-        train_s = _step(spec, state, images, targets)
-        state.model.eval()
-        _infer(spec, state, images)
-        score_s = _infer(spec, state, images)
-        return Probe(train_s / share, score_s / share, _checkpoint_bytes(state))
+        return _measure(spec, torch.device("cuda" if on_gpu else "cpu"))
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
+        if on_gpu:
+            # The memory is the cells', which are other processes.
+            torch.cuda.empty_cache()
+
+
+def _measure(spec: RunSpec, device: torch.device) -> Probe:
+    state = build_state(spec, device)
+    share = max(1, spec.training.batch_size // spec.compute.workers)
+    side = spec.training.input_size_px
+    images = torch.rand(share, 3, side, side, device=device).mul_(255).contiguous(memory_format=torch.channels_last)
+    targets = _targets(share, side, device)
+    # The first pass allocates and chooses kernels.
+    _step(spec, state, images, targets)
+    train_s = _step(spec, state, images, targets)
+    state.model.eval()
+    _infer(spec, state, images)
+    score_s = _infer(spec, state, images)
+    return Probe(train_s / share, score_s / share, _checkpoint_bytes(state))
 
 
 def _step(spec: RunSpec, state: TrainingState, images: torch.Tensor, targets: Targets) -> float:

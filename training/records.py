@@ -97,9 +97,12 @@ def training_id(run_folder: Path) -> str:
 
 
 def latest_code_hash(run_folder: Path) -> str | None:
-    """Hash of the code of the latest attempt, None before the first."""
+    """Hash of the code of the latest attempt, None before the first, or if its record is damaged."""
     numbers = [int(path.stem) for path in (run_folder / "attempts").glob("*.json")]
-    return read_attempt(run_folder, max(numbers)).code_hash if numbers else None
+    try:
+        return read_attempt(run_folder, max(numbers)).code_hash if numbers else None
+    except (OSError, ValueError):
+        return None
 
 
 def supersede(run_folder: Path) -> Path:

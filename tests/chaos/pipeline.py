@@ -91,7 +91,9 @@ class Pipeline:
         }
         arguments = command or ("train", "yolox-nano", "sample-aerial")
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows", *arguments, "--spec", str(self.repo / experiment)],
+            # A test run in the background ignores Ctrl-C, and what it starts would inherit that.
+            ["env", "--default-signal=INT", sys.executable, "-m", "flows", *arguments,
+             "--spec", str(self.repo / experiment)],
             cwd=self.repo, env=variables, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import yaml
 from data.importing import register
 from data.loader import DetectionDataset
 from data.store import materialise
-from data.versioning import DvcLocked, VersioningFailed, current_version, version_dataset
+from data.versioning import DvcLocked, VersioningFailed, current_version, planned_version, version_dataset
 
 ROOT = Path(__file__).parents[2]
 CALL = """
@@ -83,8 +84,13 @@ def test_the_version_follows_the_data_and_only_the_data(repo: Path, tmp_path: Pa
     assert (remarked.version, remarked.regenerated) == (first.version, True)
 
     _edit_recipe(repo, {"seed": 1})
+    assert planned_version("sample-aerial", repo) is None, "only preparing it can tell"
     other = version_dataset("sample-aerial", repo)
     assert other.version != first.version
+    assert planned_version("sample-aerial", repo) == replace(other, regenerated=False)
+    shutil.rmtree(repo / "data/processed/sample-aerial")
+    assert planned_version("sample-aerial", repo) == replace(other, regenerated=False), "as in a fresh clone"
+    assert version_dataset("sample-aerial", repo).version == other.version
     cache = str(repo / ".dvc/cache")
     for version in (first, other):
         folder = materialise("sample-aerial", version.version, source=cache, root=tmp_path / "node")

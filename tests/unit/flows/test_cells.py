@@ -12,8 +12,17 @@ from flows.cells import Cancelled, CellRunner
 from flows.plan import plan_cell
 from flows.record import Recorder
 from flows.settings import Settings
-from training.jobs import Jobs
-from training.records import RunResult, hash_files, record_attempt, supersede, training_id, write_result
+from training.jobs import CellFailed, Jobs
+from training.records import (
+    Attempt,
+    RunResult,
+    hash_files,
+    latest_code_hash,
+    record_attempt,
+    supersede,
+    training_id,
+    write_result,
+)
 from training.spec import RunSpec
 
 
@@ -77,3 +86,46 @@ def test_a_superseded_training_is_kept_whole_and_the_next_one_has_a_name_of_its_
     assert training_id(run_folder) == f"{spec.run_key}.3"
     assert supersede(run_folder) != aside
     assert record_attempt(run_folder, spec, data_source="", code_hash="e").number == 4
+
+
+class BusyCluster:
+    """A cluster where a job of the run lives, and that takes no new one."""
+
+    embedded = False
+
+    def __init__(self, submission_id: str) -> None:
+        self.alive, self.stopped = submission_id, list[str]()
+
+    def living(self, run_key: str) -> str:
+        assert self.alive.startswith(run_key)
+        return self.alive
+
+    def stop(self, submission_id: str) -> None:
+        self.stopped.append(submission_id)
+
+    def submit(self, attempt: Attempt, *_: Path) -> str:
+        raise CellFailed(f"no room for {attempt.submission_id}")
+
+
+def test_a_job_of_other_code_is_stopped_before_its_folder_is_put_aside(
+    settings: Settings, spec: RunSpec, run_folder: Path, make_result: Callable[..., RunResult]
+) -> None:
+    record_attempt(run_folder, spec, data_source="", code_hash="older")
+    write_result(run_folder, make_result(spec, 0.25, 0.5, files=hash_files(run_folder, run_folder / "artifacts")))
+    cluster, said = BusyCluster(f"{spec.run_key}-1"), list[str]()
+    recorder = Recorder(settings.tracking_uri, None, said.append)
+    retraining = CellRunner(
+        lambda: cluster,  # type: ignore[arg-type,return-value]
+        settings, recorder, said.append, threading.Event(), "retrain",
+    )  # fmt: skip
+    with pytest.raises(CellFailed, match=f"no room for {spec.run_key}-2"):
+        retraining.run(plan_cell(spec, settings, "retrain"))
+    assert cluster.stopped == [f"{spec.run_key}-1"]
+    assert (settings.home / "superseded" / spec.run_key / spec.run_key / "result.json").is_file()
+
+
+def test_a_damaged_record_of_an_attempt_stops_no_plan(settings: Settings, spec: RunSpec, run_folder: Path) -> None:
+    record_attempt(run_folder, spec, data_source="", code_hash="c")
+    (run_folder / "attempts" / "001.json").write_text("")
+    assert latest_code_hash(run_folder) is None
+    assert plan_cell(spec, settings).state == "train"

@@ -154,7 +154,8 @@ def test_plan_json_tells_every_cell_and_writes_nothing(speck: Speck, settings: S
     assert len({cell["run_key"] for cell in answer["cells"]}) == 4
     assert what_is_in(settings.home) == []
     text = speck("plan", *axes)[1]
-    *lines, total = text.splitlines()
+    version, *lines, total = text.splitlines()
+    assert version == f"sample-aerial: version {answer['cells'][0]['dataset_version'][:12]}"
     assert [
         re.findall(r": train \((\w+)\): nothing was trained .*; about .* \(from probe\)", line) for line in lines
     ] == [[cell["run_key"]] for cell in answer["cells"]]

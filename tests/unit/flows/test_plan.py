@@ -102,7 +102,7 @@ def test_a_damaged_result_is_made_again(
     else:
         result.write_text(result.read_text().replace('"schema_version": 1', '"schema_version": 99'))
     planned = plan_cell(spec, settings)
-    assert planned.state == "resume"
+    assert planned.state == "train"
     assert planned.why.startswith("its result is damaged: ")
 
 

@@ -18,7 +18,7 @@ from flows.warm_start import NoSuchWeights, _resolver, specs_of
 from tracking.client import connect
 from tracking.registry import ARCHITECTURE, promote, register
 from tracking.runs import DatasetRef, ensure_run
-from training.records import RunResult, write_result
+from training.records import RunResult, record_attempt, write_result
 from training.spec import ArchitectureSpec, RunSpec
 from training.state import build_model, warm_start_path
 
@@ -114,6 +114,22 @@ def test_the_champion_is_followed_without_training_for_ever(
     second = crown(settings, grown[1].with_warm_start(first), 2.0, tmp_path / "second")
     assert second != first
     assert [resolve(cell) for cell in grown] == [first] * 3
+
+
+def test_a_cell_keeps_what_it_started_from_when_another_architecture_takes_the_title(
+    settings: Settings, tmp_path: Path, cell_spec: Callable[..., RunSpec]
+) -> None:
+    settings.home.mkdir()
+    old, nano = cell_spec(seed=1), cell_spec()
+    tiny = nano.model_copy(update={"architecture": cell_spec("yolox-tiny").architecture})
+    version = {"dataset": old.dataset.model_copy(update={"version": "f" * 32})}
+    first = crown(settings, old.model_copy(update=version), 1.0, tmp_path / "first")
+    assert [_resolver("champion", settings)(cell) for cell in (nano, tiny)] == [first, None]
+    for cell, start in ((nano, first), (tiny, None)):
+        begun = cell.with_warm_start(start)
+        record_attempt(settings.storage / begun.run_key, begun, data_source="", code_hash="c")
+    crown(settings, tiny, 2.0, tmp_path / "second")
+    assert [_resolver("champion", settings)(cell) for cell in (nano, tiny)] == [first, None]
 
 
 def test_weights_of_another_architecture_are_refused_before_anything_starts(

@@ -57,7 +57,11 @@ def test_comments_docstrings_and_layout_change_nothing(repo: Path, before: dict[
         path = repo / name
         path.write_text('"""Another docstring."""\n' + path.read_text().split('"""', 2)[2] + "\n# a remark\n\n\n")
     edit(repo / "models/yolox.py", "STRIDES = (8, 16, 32)", "STRIDES = (\n    8,\n    16,  # middle\n    32,\n)")
-    edit(repo / "training/loop.py", '    """The loss was not finite for too many steps in a row."""', '    """Else."""')
+    edit(
+        repo / "training/loop.py",
+        '    """The loss was not finite for too many steps in a row, or weights are not."""',
+        '    """Else."""',
+    )
     assert training_code_hash(repo, YOLOX) == before[YOLOX]
 
 
@@ -92,6 +96,12 @@ def test_what_an_architecture_imports_belongs_to_it(repo: Path, before: dict[str
 
 
 def test_code_that_decides_no_result_is_left_out(repo: Path, before: dict[str, str]) -> None:
-    for name in ("models/__init__.py", "training/job.py", "training/launch.py", "data/prepare.py"):
+    for name in (
+        "models/__init__.py",
+        "training/job.py",
+        "training/launch.py",
+        "data/prepare.py",
+        "evaluation/coco.py",
+    ):
         append(repo / name, "ADDED = 1")
     assert training_code_hash(repo, YOLOX) == before[YOLOX]

@@ -174,3 +174,32 @@ def test_a_run_that_diverges_says_so_and_keeps_finite_weights(
         assert torch.isfinite(parameter).all(), name
     for name, value in state.average.state_dict().items():
         assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("steps", ["first", "all"])
+def test_what_a_divergence_leaves_behind_is_not_kept(
+    tiny: Any, tiny_spec: MakeSpec, steps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN in the weights after a step with a finite loss; an epoch of less than 20 steps, all of them skipped."""
+    spec = tiny_spec(epochs=2, closing_epochs=0, augment=PLAIN)
+    reports = Reports()
+    build = build_state
+
+    def poisoned(*arguments: Any) -> TrainingState:
+        state = build(*arguments)
+        criterion = state.detector.criterion
+
+        def broken(*inputs: Any, **options: Any) -> Losses:
+            losses = criterion(*inputs, **options)
+            if steps == "first":
+                next(state.model.parameters()).data.fill_(float("nan"))
+                return losses
+            return Losses({name: value * float("inf") for name, value in losses.sums.items()}, losses.counts, {})
+
+        monkeypatch.setattr(state.model, "criterion", broken, raising=False)
+        return state
+
+    monkeypatch.setattr("training.loop.build_state", poisoned)
+    with pytest.raises(Diverged, match=r"not finite in epoch 1; lower training\.learning_rate"):
+        train(spec, tiny.folder, ALONE, reports.hooks())
+    assert reports.metrics == []
