@@ -17,9 +17,9 @@ from data.versioning import current_version
 class DatasetSummary:
     """What is known of a dataset without running anything.
 
-    `version` and `size_bytes` are None until it has been versioned. While its prepared files are not in the working tree,
-    the box counts are None, and `num_images` (by split) is empty, but for a rendered dataset. `num_boxes_clipped` stuck
-    out of their image, `num_boxes_excluded` had no area inside it or repeated another.
+    `version` and `size_bytes` are None until it has been versioned. While its prepared files are not in the working
+    tree, the box counts are None, and `num_images` (by split) is empty, but for a rendered dataset. `num_boxes_clipped`
+    stuck out of their image, `num_boxes_excluded` had no area inside it or repeated another.
     """
 
     name: str
