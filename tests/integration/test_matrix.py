@@ -110,7 +110,7 @@ def check_faults(
     rows, printed = matrix.finish(code=1)
     assert rows.keys() == {(a, d, s) for a in architectures for d in datasets for s in seeds}
     assert {cell for cell, row in rows.items() if row["error"] is not None} == broken.keys()
-    causes = {"raise": "poisoned by the test", "diverge": "loss was not finite", "kill": "died|SIGKILL|killed"}
+    causes = {"raise": "poisoned by the test", "diverge": "not finite", "kill": "died|SIGKILL|killed"}
     for cell, fault in broken.items():
         assert any(cause in rows[cell]["error"] for cause in causes[fault].split("|")), rows[cell]["error"]
     assert f"{len(broken)} of {len(rows)} cells failed" in printed
