@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Torch is pinned to one exact version; everything else to what was tested with it.
 STAMP := $(VENV)/.installed
 
-.PHONY: help train-all test check unit soak bench audit ui lock clean
+.PHONY: help train-all test check soak bench audit ui lock clean
 
 help:  ## this list
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,7 +29,7 @@ check: $(STAMP)  ## format, lint, types, import rules, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit tests/contracts -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/contracts -m "not soak" --numprocesses logical --maxprocesses 8 --dist worksteal
 
 soak: $(STAMP)  ## kill series, races and large matrices
 	$(BIN)/python -m pytest -m soak

@@ -30,7 +30,8 @@ with lease(Path(sys.argv[1]), "abc", print, lambda: None):
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Path:
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(flows.lease, "POLL_S", 0.02)
     return tmp_path / "runs"
 
 
