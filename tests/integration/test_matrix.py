@@ -35,7 +35,7 @@ class Matrix:
 
     def write(self, **changes: Any) -> None:
         """Write the experiment."""
-        content = EXPERIMENT | {"compute": {"workers": 2, "max_failures": 0}} | changes
+        content = EXPERIMENT | {"compute": {"workers": 1, "max_failures": 0}} | changes
         (self.pipeline.repo / "experiment.yaml").write_text(yaml.safe_dump(content))
 
     def start(self, *arguments: str) -> FlowRun:
@@ -77,11 +77,11 @@ class Matrix:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment of flows that use a cluster with room for two cells of two workers."""
+    """Environment of flows that use a cluster with room for two cells of one worker."""
     home = tmp_path_factory.mktemp("cluster")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("SPECK_STORE", str(home / "store"))
-        with embedded_cluster(home, num_cpus=4) as cluster:
+        with embedded_cluster(home, num_cpus=2) as cluster:
             yield {
                 "SPECK_RAY_JOBS_URL": cluster.jobs_url,
                 "RAY_ADDRESS": cluster.address,
