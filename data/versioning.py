@@ -164,6 +164,7 @@ def _failure(name: str, finished: subprocess.CompletedProcess[str], command: str
         )
     if f"'{stage_name(name)}'" in last and "not found" in last:
         return VersioningFailed(f"dataset {name!r} has no stage: add it to `datasets` in params.yaml.\n{last}")
-    return VersioningFailed(
-        f"dataset {name!r}: `dvc {command} {stage_name(name)}` failed with status {finished.returncode}:\n{last}"
-    )
+    # DVC ends with which stage failed; what the stage said stands before.
+    causes = [line for line in last.splitlines() if not line.startswith("ERROR: failed to reproduce")]
+    cause = causes[-1].strip() if causes else f"status {finished.returncode}"
+    return VersioningFailed(f"dataset {name!r}: `dvc {command} {stage_name(name)}` failed: {cause}\n{last}")

@@ -24,9 +24,9 @@ app.add_typer(data_app, name="data")
 
 SpecOption = Annotated[str, typer.Option("--spec", help="Experiment: a name in flows/runs/ or a YAML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change one value: key.path=value. May be repeated.")]
-ArchitecturesOption = Annotated[str, typer.Option(help="Architectures instead of the experiment's: a,b")]
-DatasetsOption = Annotated[str, typer.Option(help="Datasets instead of the experiment's: x,y")]
-SeedsOption = Annotated[str, typer.Option(help="Seeds instead of the experiment's: 0,1")]
+ArchitecturesOption = Annotated[str | None, typer.Option(help="Architectures instead of the experiment's: a,b")]
+DatasetsOption = Annotated[str | None, typer.Option(help="Datasets instead of the experiment's: x,y")]
+SeedsOption = Annotated[str | None, typer.Option(help="Seeds instead of the experiment's: 0,1")]
 CodeChangeOption = Annotated[
     Literal["warn", "retrain"], typer.Option("--on-code-change", help="Finished cells that other code trained.")
 ]
@@ -54,9 +54,9 @@ def main() -> None:
 def train_all_command(
     spec: SpecOption = "default",
     sets: SetOption = [],  # noqa: B006  (typer reads the default, nothing mutates it)
-    architectures: ArchitecturesOption = "",
-    datasets: DatasetsOption = "",
-    seeds: SeedsOption = "",
+    architectures: ArchitecturesOption = None,
+    datasets: DatasetsOption = None,
+    seeds: SeedsOption = None,
     on_code_change: CodeChangeOption = "warn",
     as_json: JsonOption = False,
 ) -> None:
@@ -67,7 +67,7 @@ def train_all_command(
 @app.command()
 def train(
     architecture: str, dataset: str, spec: SpecOption = "default", sets: SetOption = [],  # noqa: B006
-    seeds: SeedsOption = "", on_code_change: CodeChangeOption = "warn", as_json: JsonOption = False,
+    seeds: SeedsOption = None, on_code_change: CodeChangeOption = "warn", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Train one architecture on one dataset."""
     _train(spec, sets, [architecture], [dataset], _seeds(seeds), on_code_change, as_json)
@@ -77,14 +77,14 @@ def train(
 def plan(
     spec: SpecOption = "default",
     sets: SetOption = [],  # noqa: B006
-    architectures: ArchitecturesOption = "",
-    datasets: DatasetsOption = "",
-    seeds: SeedsOption = "",
+    architectures: ArchitecturesOption = None,
+    datasets: DatasetsOption = None,
+    seeds: SeedsOption = None,
     on_code_change: CodeChangeOption = "warn",
     as_json: JsonOption = False,
 ) -> None:
     """Show what train-all would do to each cell, and why, without doing it."""
-    from data.versioning import planned_version
+    from data.versioning import current_version, planned_version
     from flows.experiment import load_experiment
     from flows.plan import plan_cells
     from flows.plan_table import as_json as plan_as_json
@@ -108,11 +108,15 @@ def plan(
         typer.echo(f"{name}: version {version[:12]}")
     for cell in planned:
         typer.echo(line(cell))
+    per_dataset = len(experiment.architectures) * len(experiment.seeds)
     for name in unversioned:
+        before = current_version(name, REPO)
+        news = "new" if before is None else f"changed since version {before.version[:12]}"
         typer.echo(
-            f"every cell on {name}: unknown before train-all prepares it; it is new, or what it is made from changed"
+            f"{name}: {news}: train-all prepares it, and then trains what its version lacks of {per_dataset} cells"
         )
-    typer.echo(total(planned))
+    waiting = f"; {per_dataset * len(unversioned)} more wait for their data to be prepared" if unversioned else ""
+    typer.echo(total(planned) + waiting)
 
 
 @app.command()
@@ -251,11 +255,15 @@ def _print_report(report: Report, storage: Path, as_json: bool) -> None:
     typer.echo("compare runs in the browser: make ui")
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(text: str | None) -> list[str]:
+    """Names between commas; none if the option was not given. An empty text is a shell variable that was never set."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if text is not None and not names:
+        raise typer.BadParameter("--architectures, --datasets and --seeds need a value, or leave the option out")
+    return names
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str | None) -> list[int]:
     try:
         return [int(seed) for seed in _names(text)]
     except ValueError:

@@ -133,7 +133,8 @@ def load_experiment(
         whole = Experiment.model_validate(content)
         experiment = Experiment.model_validate(content | {key: values for key, values in chosen.items() if values})
     except ValidationError as error:
-        raise BadExperiment(f"{path.name}:\n" + "\n".join(readable_errors(error, Experiment))) from None
+        changed = " as changed by --set" if sets else ""
+        raise BadExperiment(f"{path.name}{changed}:\n" + "\n".join(readable_errors(error, Experiment))) from None
     _check_names(experiment, whole)
     return experiment
 

@@ -9,14 +9,16 @@ from flows.plan import PlannedCell
 
 def line(cell: PlannedCell) -> str:
     """One line: what will happen to a cell, why, how long and how much disk."""
-    return f"{cell.spec.title}: {cell.state} ({cell.spec.run_key}): {cell.why}{_expected(cell)}"
+    weights = cell.spec.training.warm_start
+    start = "" if weights is None else f", from weights {weights.removeprefix('sha256:')[:12]}"
+    return f"{cell.spec.title}: {cell.state} ({cell.spec.run_key}{start}): {cell.why}{_expected(cell)}"
 
 
 def total(cells: Sequence[PlannedCell]) -> str:
     """One line about the whole plan."""
     training = [cell for cell in cells if cell.trains]
     known = [cell.estimate for cell in training if cell.estimate is not None]
-    text = f"{len(cells)} cells, {len(training)} to train"
+    text = f"{len(cells)} cell{'s' * (len(cells) != 1)}, {len(training)} to train"
     if known:
         disk_mib = sum(estimate.disk_bytes for estimate in known) / 2**20
         text += (

@@ -46,7 +46,8 @@ def serve(home: Path, mlflow_port: int, prefect_port: int) -> None:
         ]
         for server in servers:
             print(f"{server.name:8} {server.url}")
-        print(f"User and password are in {home / 'credentials.json'}. Ctrl-C stops both.", flush=True)
+        print(f"User and password are in {home / 'credentials.json'}; Prefect's page asks for them as user:password.")
+        print("Ctrl-C stops both.", flush=True)
         while all(process.poll() is None for _, process in started):
             time.sleep(1)
         dead = ", ".join(server.name for server, process in started if process.poll() is not None)

@@ -49,7 +49,10 @@ def decide(candidate: Candidate, champion: Candidate | None) -> Verdict:
     if not _finite(candidate.score):
         return Verdict(False, f"{candidate.training} has no finite {candidate.metric}: {candidate.score}", rows)
     if champion is None:
-        return Verdict(True, f"{candidate.training} is the first model with a {candidate.metric} on this dataset", rows)
+        found = "" if candidate.score else ", though it found nothing: train longer"
+        return Verdict(
+            True, f"{candidate.training} is the first model with a {candidate.metric} on this dataset{found}", rows
+        )
     if candidate.training == champion.training:
         return Verdict(False, f"{candidate.training} already is the champion", rows)
     for field in ("dataset_version", "protocol", "metric"):

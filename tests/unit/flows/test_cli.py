@@ -164,6 +164,22 @@ def test_plan_json_tells_every_cell_and_writes_nothing(speck: Speck, settings: S
     assert all(cell["estimated_s"] > 0 and cell["estimated_disk_bytes"] > 2**20 for cell in answer["cells"])
 
 
+@pytest.mark.parametrize("option", ["--seeds", "--architectures", "--datasets"])
+def test_an_empty_option_is_not_taken_for_none(speck: Speck, option: str) -> None:
+    code, _, err = speck("plan", option, "")
+    assert code == 2
+    assert "need a value" in err
+
+
+def test_a_plan_says_of_new_data_that_it_waits(speck: Speck, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.versioning.planned_version", lambda *_: None)
+    code, out, _ = speck("plan", "--datasets", "sample-aerial", "--architectures", "yolox-nano", "--seeds", "0,1")
+    first, total = out.splitlines()
+    assert code == 0
+    assert re.match(r"sample-aerial: (new|changed since version \w{12}): train-all prepares it, .* of 2 cells", first)
+    assert total == "0 cells, 0 to train; 2 more wait for their data to be prepared"
+
+
 def test_models_json_is_the_table_of_architectures(speck: Speck) -> None:
     code, out, _ = speck("models", "--json")
     assert code == 0

@@ -15,6 +15,13 @@ CHALLENGER = replace(CHAMPION, training="ba9876543210", score=0.31)
 
 def test_the_first_scored_model_is_promoted() -> None:
     assert decide(CHALLENGER, None).promote
+    assert decide(CHALLENGER, None).reason.endswith("is the first model with a coco/AP on this dataset")
+
+
+def test_a_first_model_that_found_nothing_is_promoted_with_a_word() -> None:
+    verdict = decide(replace(CHALLENGER, score=0.0), None)
+    assert verdict.promote
+    assert "found nothing: train longer" in verdict.reason
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
