@@ -108,7 +108,7 @@ def plan(
         typer.echo(f"{name}: version {version[:12]}")
     for cell in planned:
         typer.echo(line(cell))
-    per_dataset = len(experiment.architectures) * len(experiment.seeds)
+    per_dataset = len(experiment.resolved_architectures()) * len(experiment.seeds)
     for name in unversioned:
         before = current_version(name, REPO)
         news = "new" if before is None else f"changed since version {before.version[:12]}"
@@ -172,18 +172,28 @@ def history(dataset: str, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def models(as_json: JsonOption = False) -> None:
+def models(
+    as_json: JsonOption = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Parameters and GFLOPs beside the papers', in Markdown.")
+    ] = False,
+) -> None:
     """Architectures that can be trained, with their settings."""
     from dataclasses import asdict
 
     from models import ARCHITECTURES
 
+    if table:
+        from flows.architecture_table import as_markdown, describe
+
+        typer.echo(as_markdown([describe(name) for name in ARCHITECTURES]))
+        return
     if as_json:
         print_json({name: asdict(architecture.config) for name, architecture in ARCHITECTURES.items()})
         return
     for name, architecture in ARCHITECTURES.items():
         settings = ", ".join(f"{key}={value}" for key, value in asdict(architecture.config).items())
-        typer.echo(f"{name:14} {settings}")
+        typer.echo(f"{name:20} {settings}")
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

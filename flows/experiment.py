@@ -31,8 +31,8 @@ class BadExperiment(ValueError):
 class Experiment(BaseModel):
     """The product of architectures, datasets and seeds under one recipe. One file of `flows/runs/`.
 
-    `settings` changes an architecture's own settings: architecture name -> setting -> value;
-    `training_by_dataset` changes the recipe for a dataset: dataset name -> key -> value.
+    `settings` changes an architecture's own settings: architecture name -> setting -> value; a list of such changes
+    makes a cell of each. `training_by_dataset` changes the recipe for a dataset: dataset name -> key -> value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,11 +40,23 @@ class Experiment(BaseModel):
     architectures: tuple[str, ...] = Field(min_length=1)
     datasets: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    settings: dict[str, tuple[dict[str, Any], ...]] = Field(default_factory=dict)
     training: TrainingSpec = TrainingSpec()
     training_by_dataset: dict[str, dict[str, Any]] = Field(default_factory=dict)
     scoring: ScoringSpec = ScoringSpec()
     compute: ComputeSpec = ComputeSpec()
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _one_variant_is_a_list_of_one(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        for name, variants in settings.items():
+            if not isinstance(variants, (dict, list, tuple)):
+                raise ValueError(f"{name}: expected settings by architecture, as in settings.{name}.width=0.5")
+            if isinstance(variants, (list, tuple)) and any(variants.count(one) > 1 for one in variants):
+                raise ValueError(f"{name}: every variant must occur once")
+        return {name: [one] if isinstance(one, dict) else one for name, one in settings.items()}
 
     @field_validator("architectures", "datasets", "seeds")
     @classmethod
@@ -71,19 +83,35 @@ class Experiment(BaseModel):
             lines = "; ".join(line.strip() for line in readable_errors(error, TrainingSpec))
             raise ValueError(f"training_by_dataset.{dataset}: {lines}") from None
 
+    def variants_of(self, architecture: str) -> tuple[dict[str, Any], ...]:
+        """The changes to an architecture's settings, one for each cell; none at all is one."""
+        return self.settings.get(architecture) or ({},)
+
+    def resolved_architectures(self) -> list[ArchitectureSpec]:
+        """Every architecture in every variant, all settings resolved."""
+        import models
+
+        return [
+            ArchitectureSpec(name=name, settings=asdict(models.configure(name, **changes)))
+            for name in self.architectures
+            for changes in self.variants_of(name)
+        ]
+
     def cells(
         self, versions: dict[str, str], warm_start: Callable[[RunSpec], str | None] = lambda _: None
     ) -> list[RunSpec]:
         """One spec for each architecture x dataset x seed, given the version of each dataset.
 
         `warm_start` says what a cell that would start cold starts from, as `sha256:<hex>`.
-        """
-        import models
 
-        resolved = {name: asdict(models.configure(name, **self.settings.get(name, {}))) for name in self.architectures}
+        Raises:
+            UnknownPart: `training.freeze` names what an architecture does not have.
+        """
+        from training.state import require_parts
+
         cold = [
             RunSpec(
-                architecture=ArchitectureSpec(name=architecture, settings=resolved[architecture]),
+                architecture=architecture,
                 dataset=DatasetSpec(name=dataset, version=versions[dataset], card=load_card(dataset)),
                 training=self._resolved_training(dataset),
                 scoring=self.scoring,
@@ -92,9 +120,11 @@ class Experiment(BaseModel):
             )
             for dataset in self.datasets
             if dataset in versions
-            for architecture in self.architectures
+            for architecture in self.resolved_architectures()
             for seed in self.seeds
         ]
+        for spec in cold:
+            require_parts(spec)
         return [spec.with_warm_start(warm_start(spec)) for spec in cold]
 
     def _resolved_training(self, dataset: str) -> TrainingSpec:
@@ -162,7 +192,8 @@ def _check_names(experiment: Experiment, whole: Experiment) -> None:
         if unused := names - known:
             raise BadExperiment(f"{key}.{min(unused)}: not in the matrix ({', '.join(sorted(known))}); add it there")
     for name in sorted(architectures):
-        models.configure(name, **experiment.settings.get(name, {}))
+        for changes in experiment.variants_of(name):
+            models.configure(name, **changes)
     for name in sorted(datasets):
         load_card(name)
         try:

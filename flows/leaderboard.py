@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.cells import CellOutcome
 from flows.plan import PlannedCell
 from training.jobs import CellFailed, demand
-from training.spec import RunSpec
+from training.spec import ArchitectureSpec, RunSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,12 +26,15 @@ SCORES = ("val_ap", "test_ap", "test_ap50", "test_ap_small")
 class Row:
     """One cell: scores are COCO's, on test unless the name says val; `error` says why there are none.
 
+    `label` is the architecture with what differs from its own settings.
+
     `wall_s`, `cpu_hours` and `gpu_hours` are what this run spent on it, `None` and 0 where it was reused;
     `trained_s` is what its training took whenever it was.
     """
 
     dataset: str
     architecture: str
+    label: str
     seed: int
     run_key: str
     state: str
@@ -52,15 +55,16 @@ class Row:
     @property
     def title(self) -> str:
         """Name for people: architecture, dataset, seed."""
-        return f"{self.architecture} / {self.dataset} / seed {self.seed}"
+        return f"{self.label} / {self.dataset} / seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """An architecture on a dataset over its seeds: mean, and sample standard deviation from two seeds on."""
+    """A labelled architecture on a dataset over its seeds: mean, and sample standard deviation from two seeds on."""
 
     dataset: str
     architecture: str
+    label: str
     num_seeds: int
     num_failed: int
     mean: dict[str, float]
@@ -75,6 +79,7 @@ def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], cham
         common: dict[str, Any] = {
             "dataset": spec.dataset.name,
             "architecture": spec.architecture.name,
+            "label": spec.architecture.label,
             "seed": spec.seed,
             "run_key": spec.run_key,
             "estimated_s": None if estimate is None else estimate.seconds,
@@ -102,11 +107,13 @@ def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], cham
     return rows
 
 
-def unplanned_rows(dataset: str, architectures: Iterable[str], seeds: Sequence[int], error: Exception) -> list[Row]:
+def unplanned_rows(
+    dataset: str, architectures: Iterable[ArchitectureSpec], seeds: Sequence[int], error: Exception
+) -> list[Row]:
     """Rows of cells that could not even be planned, because their dataset could not be versioned."""
     reason = _first_line(error)
     return [
-        Row(dataset, architecture, seed, run_key="", state="failed", error=reason)
+        Row(dataset, architecture.name, architecture.label, seed, run_key="", state="failed", error=reason)
         for architecture in architectures
         for seed in seeds
     ]
@@ -115,23 +122,23 @@ def unplanned_rows(dataset: str, architectures: Iterable[str], seeds: Sequence[i
 def ordered(rows: Iterable[Row]) -> list[Row]:
     """By dataset, then architectures by their mean validation AP, best first, then seeds."""
     rows = list(rows)
-    mean = {(each.dataset, each.architecture): each.mean.get("val_ap", -1.0) for each in summarise_seeds(rows)}
-    return sorted(rows, key=lambda r: (r.dataset, -mean[r.dataset, r.architecture], r.architecture, r.seed))
+    mean = {(each.dataset, each.label): each.mean.get("val_ap", -1.0) for each in summarise_seeds(rows)}
+    return sorted(rows, key=lambda r: (r.dataset, -mean[r.dataset, r.label], r.label, r.seed))
 
 
 def summarise_seeds(rows: Iterable[Row]) -> list[Summary]:
-    """One summary for each dataset and architecture, in the order of their names."""
+    """One summary for each dataset and labelled architecture, in the order of their names."""
 
-    def kind(row: Row) -> tuple[str, str]:
-        return row.dataset, row.architecture
+    def kind(row: Row) -> tuple[str, str, str]:
+        return row.dataset, row.architecture, row.label
 
     summaries = []
-    for (dataset, architecture), group in groupby(sorted(rows, key=kind), kind):
+    for (dataset, architecture, label), group in groupby(sorted(rows, key=kind), kind):
         cells = list(group)
         values = {name: [getattr(row, name) for row in cells if getattr(row, name) is not None] for name in SCORES}
         summaries.append(
             Summary(
-                dataset, architecture, len(cells), sum(row.error is not None for row in cells),
+                dataset, architecture, label, len(cells), sum(row.error is not None for row in cells),
                 mean={name: statistics.fmean(found) for name, found in values.items() if found},
                 spread={name: statistics.stdev(found) for name, found in values.items() if len(found) > 1},
             )
@@ -173,7 +180,7 @@ def flat_summaries(rows: Sequence[Row]) -> list[dict[str, object]]:
         values: dict[str, object] = {name: each.mean.get(name) for name in SCORES}
         values |= {f"{name}_spread": each.spread.get(name) for name in SCORES}
         counts = {"num_seeds": each.num_seeds, "num_failed": each.num_failed}
-        flat.append({"dataset": each.dataset, "architecture": each.architecture, **counts, **values})
+        flat.append({"dataset": each.dataset, "architecture": each.label, **counts, **values})
     return flat
 
 
@@ -198,14 +205,14 @@ def spent(rows: Sequence[Row]) -> str:
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Table lines by dataset: one a cell, and one for the mean where there are several seeds."""
-    summaries = {(each.dataset, each.architecture): each for each in summarise_seeds(rows)}
+    summaries = {(each.dataset, each.label): each for each in summarise_seeds(rows)}
     found = []
     for dataset, group in groupby(ordered(rows), lambda row: row.dataset):
         lines: list[tuple[str, ...]] = []
-        for architecture, seeds in groupby(group, lambda row: row.architecture):
+        for label, seeds in groupby(group, lambda row: row.label):
             cells = list(seeds)
             if len(cells) > 1:
-                lines.append(_summary_line(summaries[dataset, architecture], cells))
+                lines.append(_summary_line(summaries[dataset, label], cells))
             lines += [_cell_line(row) for row in cells]
         found.append((dataset, lines))
     return found
@@ -220,7 +227,7 @@ def _summary_line(summary: Summary, cells: Sequence[Row]) -> tuple[str, ...]:
     walls = [row.wall_s for row in cells if row.wall_s is not None]
     estimates = [row.estimated_s for row in cells if row.estimated_s is not None]
     time, estimated = _seconds(sum(walls) if walls else None), _seconds(sum(estimates) if estimates else None)
-    return (summary.architecture, count, *scores, time, estimated, "", _cost(cells), "", "")
+    return (summary.label, count, *scores, time, estimated, "", _cost(cells), "", "")
 
 
 def _cell_line(row: Row) -> tuple[str, ...]:
@@ -228,7 +235,7 @@ def _cell_line(row: Row) -> tuple[str, ...]:
     times = (_seconds(row.wall_s), _seconds(row.estimated_s))
     remark = (row.error or ("champion" if row.champion else "")).replace("|", "/")
     state = f"{row.state} {row.run_key}".strip()
-    return (row.architecture, str(row.seed), *scores, *times, _disk(row), _cost([row]), state, remark)
+    return (row.label, str(row.seed), *scores, *times, _disk(row), _cost([row]), state, remark)
 
 
 def _used(spec: RunSpec, wall_s: float | None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def as_json(cells: Sequence[PlannedCell]) -> list[dict[str, object]]:
         {
             "run_key": cell.spec.run_key,
             "architecture": cell.spec.architecture.name,
+            "settings": cell.spec.architecture.settings,
             "dataset": cell.spec.dataset.name,
             "dataset_version": cell.spec.dataset.version,
             "seed": cell.spec.seed,

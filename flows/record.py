@@ -44,10 +44,10 @@ class Recorder:
                 experiment=spec.dataset.name,
                 run_key=spec.run_key,
                 training_id=training_id(run_folder),
-                name=f"{spec.architecture.name}-s{spec.seed}-{_short(training_id(run_folder))}",
+                name=f"{spec.architecture.label}-s{spec.seed}-{_short(training_id(run_folder))}",
                 params=flat_params(spec),
                 tags={**attempt.provenance, "speck.code_hash": attempt.code_hash,
-                      "architecture": spec.architecture.name, "dataset": spec.dataset.name,
+                      "architecture": spec.architecture.label, "dataset": spec.dataset.name,
                       "dataset_version": spec.dataset.version},
                 dataset=DatasetRef(
                     spec.dataset.name,

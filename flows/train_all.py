@@ -106,7 +106,7 @@ class TrainAll:
             promotions, not_promoted, champions = compare_and_promote(cells, self.settings)
         rows = make_rows(cells, champions)
         for name, error in failed.items():
-            rows += unplanned_rows(name, self.experiment.architectures, self.experiment.seeds, error)
+            rows += unplanned_rows(name, self.experiment.resolved_architectures(), self.experiment.seeds, error)
         return Report(ordered(rows), promotions, not_promoted, self.seconds)
 
     def _cells_of_datasets(self) -> tuple[list[RunSpec], dict[str, Exception]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from flows.evaluate import UnknownRun, find_result
 from flows.experiment import Experiment
 from flows.settings import Settings
+from models.weights import from_public_yolox, is_public_yolox
 from tracking.client import connect
 from tracking.registry import champion, download
 from training.checkpoint import file_sha256
@@ -20,6 +22,7 @@ from training.state import fitting_share, warm_start_path
 
 CHAMPION = "champion"
 MIN_SHARE = 0.5
+PUBLIC_SUFFIXES = {".pth", ".pt"}
 
 
 class NoSuchWeights(ValueError):
@@ -51,10 +54,13 @@ def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]
         return follow
     path = Path(asked).expanduser()
     if path.suffix or len(path.parts) > 1:
-        if path.suffix != ".safetensors" or not path.is_file():
+        if path.suffix not in {".safetensors", *PUBLIC_SUFFIXES} or not path.is_file():
             raise NoSuchWeights(
-                f"training.warm_start={asked!r} must be a .safetensors file that exists, a run key, or {CHAMPION!r}"
+                f"training.warm_start={asked!r} must be a .safetensors file or a YOLOX release checkpoint (.pth) that "
+                f"exists, a run key, or {CHAMPION!r}"
             )
+        if path.suffix in PUBLIC_SUFFIXES:
+            path = _from_public(path, settings)
     else:
         try:
             run_key = find_result(asked, settings).run_key
@@ -74,6 +80,31 @@ def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]
         return _keep(path, settings)
 
     return resolve
+
+
+def _from_public(path: Path, settings: Settings) -> Path:
+    """Put a YOLOX release checkpoint among the weights in storage, under our names; no code in it is ever run."""
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise NoSuchWeights(
+            f"{path} holds more than tensors, or is damaged: {str(error).splitlines()[0]}. Nothing in it was run. "
+            "Give a checkpoint of tensors alone"
+        ) from None
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise NoSuchWeights(f"{path} must hold a dictionary of tensors, or one under 'model'")
+    if not is_public_yolox(state):
+        raise NoSuchWeights(
+            f"{path} has no tensor named as in a YOLOX release; convert it to .safetensors with our names"
+        )
+    with tempfile.TemporaryDirectory(prefix="speck-warm-start-") as folder:
+        converted = Path(folder) / "weights.safetensors"
+        save_file({from_public_yolox(name): value.contiguous() for name, value in state.items()}, converted)
+        return warm_start_path(settings.storage, _keep(converted, settings))
 
 
 def _earlier_starts(settings: Settings) -> dict[str, str | None]:

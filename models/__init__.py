@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from .csf_net import CSF_NET_SIZES
 from .foreground_probe import FOREGROUND_PROBE_SIZES
+from .gf_fpn import PYRAMID_SIZES
 from .interface import Architecture, Detector
 from .settings import InvalidSetting, UnknownArchitecture, apply_settings, unknown_message
+from .yolov8 import YOLOV8_SIZES
 from .yolox import YOLOX_SIZES
 
 ARCHITECTURES: dict[str, Architecture] = {
-    architecture.name: architecture for architecture in (*YOLOX_SIZES, *FOREGROUND_PROBE_SIZES)
+    architecture.name: architecture
+    for architecture in (*YOLOX_SIZES, *YOLOV8_SIZES, *CSF_NET_SIZES, *PYRAMID_SIZES, *FOREGROUND_PROBE_SIZES)
 }
 
 

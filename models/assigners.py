@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .boxes import pairwise_iou, points_in_boxes
-from .heads import AnchorPredictions
+from .boxes import pairwise_iou, points_in_boxes, points_near_boxes
+from .heads import AnchorPredictions, DistributionPredictions
 from .interface import Targets
 
 CandidateMode = Literal["center", "box_or_center"]
@@ -108,6 +108,91 @@ class SimOTA:
         return (in_box | near_center).any(0), in_box & near_center
 
 
+@dataclass(frozen=True)
+class TaskAligned:
+    """Task-aligned assignment (Feng et al. 2021, "TOOD", section 3.2) with the constants of YOLOv8.
+
+    Each object takes, of the anchor points inside its box, the ten of highest p_class^0.5 IoU^6; an anchor point wanted
+    by several objects goes to the one that it overlaps most. Ties go to the first.
+
+    Differs from YOLOv8: a box narrower than the finest stride counts as one stride wide when anchor points inside it
+    are looked for (likewise its height), because an object between four centres would never be learned.
+    """
+
+    num_positives: int = 10
+    class_power: float = 0.5
+    iou_power: float = 6.0
+
+    @torch.no_grad()
+    def __call__(self, predictions: DistributionPredictions, targets: Targets) -> tuple[Assignment, Tensor]:
+        """Assign a batch: the positives, and the class score (P,) that each is to reach, 0..1.
+
+        That score is the positive's alignment, scaled so that the best of an object gets the object's highest IoU.
+        """
+        boxes_xyxy_px = predictions.decoded_boxes_xyxy_px()
+        none = targets.image_index.new_zeros(0)
+        images, anchors, objects, scores = [none], [none], [none], [boxes_xyxy_px.new_zeros(0)]
+        start = 0
+        for image, count in enumerate(torch.bincount(targets.image_index, minlength=len(boxes_xyxy_px)).tolist()):
+            if count:
+                anchor_index, object_index, score = self._match(
+                    boxes_xyxy_px[image],
+                    predictions.class_logits[image],
+                    predictions.anchors_xy_px,
+                    float(predictions.strides.min()),
+                    targets.boxes_xyxy_px[start : start + count].to(boxes_xyxy_px.dtype),
+                    targets.labels[start : start + count],
+                )
+                images.append(torch.full_like(anchor_index, image))
+                anchors.append(anchor_index)
+                objects.append(object_index + start)
+                scores.append(score)
+            start += count
+        return Assignment(torch.cat(images), torch.cat(anchors), torch.cat(objects)), torch.cat(scores)
+
+    def _match(
+        self,
+        boxes_xyxy_px: Tensor,
+        class_logits: Tensor,
+        anchors_xy_px: Tensor,
+        finest_stride_px: float,
+        object_boxes_xyxy_px: Tensor,
+        object_labels: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Match one image; return anchor_index, object_index and score, each (P,)."""
+        inside = points_near_boxes(anchors_xy_px, object_boxes_xyxy_px, finest_stride_px / 2)
+        candidates = inside.any(0).nonzero().squeeze(1)
+        if len(candidates) == 0:
+            return candidates, candidates, boxes_xyxy_px.new_zeros(0)
+        inside = inside[:, candidates]
+        iou = pairwise_iou(object_boxes_xyxy_px, boxes_xyxy_px[candidates]) * inside
+        probability = class_logits[candidates].sigmoid().t()[object_labels]
+        alignment = probability**self.class_power * iou**self.iou_power
+
+        most = min(self.num_positives, len(candidates))
+        # Outside counts as worse than nothing, so that a box far off does not keep its object from learning.
+        k = inside.sum(1).clamp(1, most)
+        takers, taken = k_cheapest(torch.where(inside, -alignment, 1.0), k, most)
+        owned = torch.zeros_like(inside)
+        owned[takers, taken] = inside[takers, taken]
+        contested = owned.sum(0) > 1
+        owned[:, contested] = False
+        owned[iou[:, contested].argmax(0), contested.nonzero().squeeze(1)] = True
+
+        candidate_index, object_index = owned.t().nonzero().unbind(1)
+        mine = alignment[object_index, candidate_index]
+        best = _largest_per_object(mine, object_index, len(owned))
+        highest_iou = _largest_per_object(iou[object_index, candidate_index], object_index, len(owned))
+        score = mine / best.clamp(min=torch.finfo(mine.dtype).tiny) * highest_iou
+        return candidates[candidate_index], object_index, score
+
+
+def _largest_per_object(values: Tensor, object_index: Tensor, num_objects: int) -> Tensor:
+    """Return for each value (P,) the largest among those of its object."""
+    largest = values.new_zeros(num_objects).scatter_reduce_(0, object_index, values, "amax")
+    return largest[object_index]
+
+
 def class_cost(objectness_logits: Tensor, class_logits: Tensor, object_labels: Tensor) -> Tensor:
     """Return the cross entropy (G, N) of p = sqrt(p_class p_objectness) with each object's one-hot label.
 
@@ -128,19 +213,26 @@ def match_dynamic_k(cost: Tensor, iou: Tensor) -> Tensor:
     """
     num_candidates = cost.shape[1]
     most = min(MAX_POSITIVES_PER_OBJECT, num_candidates)
-    k = iou.topk(most, dim=1).values.sum(1).long().clamp(1, most).unsqueeze(1)
-
-    # One more than needed shows whether the k-th and the next are equal; top-k breaks such ties at will.
-    values, taken = cost.topk(min(most + 1, num_candidates), dim=1, largest=False)
-    following = k.clamp(max=values.shape[1] - 1)
-    tied = ((values.gather(1, k - 1) == values.gather(1, following)) & (following == k)).squeeze(1)
-    if tied.any():
-        taken[tied] = cost[tied].argsort(dim=1, stable=True)[:, : taken.shape[1]]
-
-    objects, slots = (torch.arange(taken.shape[1], device=k.device) < k).nonzero().unbind(1)
-    candidates = taken[objects, slots]
+    k = iou.topk(most, dim=1).values.sum(1).long().clamp(1, most)
+    objects, candidates = k_cheapest(cost, k, most)
     owner = torch.full((num_candidates,), -1, device=cost.device)
     owner[candidates] = objects
     contested = (torch.bincount(candidates, minlength=num_candidates) > 1).nonzero().squeeze(1)
     owner[contested] = cost[:, contested].argmin(dim=0)
     return owner
+
+
+def k_cheapest(cost: Tensor, k: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the pairs (row, column), int64 each, of the k[row] least entries of each row of `cost` (G, N).
+
+    `k` int64 (G,) in 1..most, `most` at most N. Of equal entries the first are taken.
+    """
+    k = k.unsqueeze(1)
+    # One more than needed shows whether the k-th and the next are equal; top-k breaks such ties at will.
+    values, taken = cost.topk(min(most + 1, cost.shape[1]), dim=1, largest=False)
+    following = k.clamp(max=values.shape[1] - 1)
+    tied = ((values.gather(1, k - 1) == values.gather(1, following)) & (following == k)).squeeze(1)
+    if tied.any():
+        taken[tied] = cost[tied].argsort(dim=1, stable=True)[:, : taken.shape[1]]
+    rows, slots = (torch.arange(taken.shape[1], device=k.device) < k).nonzero().unbind(1)
+    return rows, taken[rows, slots]

@@ -22,16 +22,30 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-class ConvBlock(nn.Module):
-    """Convolution without bias, batch normalisation, SiLU; stride 1 keeps H and W."""
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Return batch normalisation as YOLOX and YOLOv8 set it."""
+    return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+
+class ConvBlock(nn.Module):
+    """Convolution without bias, batch normalisation, an activation (SiLU); stride 1 keeps H and W."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        activation: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        padding = (kernel - 1) // 2
+        # An even kernel is a patch of its own, without neighbours.
+        padding = kernel // 2 if kernel % 2 else 0
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.norm = batch_norm(out_channels)
         # Not in place: autograd would first copy the input that the gradient needs.
-        self.activation = nn.SiLU()
+        self.activation = nn.SiLU() if activation is None else activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H / stride, W / stride)."""
@@ -109,8 +123,33 @@ class CSPLayer(nn.Module):
         return y
 
 
+class C2f(nn.Module):
+    """YOLOv8's cross-stage layer: one half passes a chain of `num_blocks` bottlenecks, and the output of every
+    bottleneck reaches the merging 1x1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, *, shortcut: bool) -> None:
+        super().__init__()
+        hidden = out_channels // 2
+        self.split = ConvBlock(in_channels, 2 * hidden, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(ConvBlock(hidden, hidden, 3), ConvBlock(hidden, hidden, 3)) for _ in range(num_blocks)
+        )
+        self.merge = ConvBlock((2 + num_blocks) * hidden, out_channels, 1)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H, W)."""
+        parts = list(self.split(x).chunk(2, dim=1))
+        for block in self.blocks:
+            y = block(parts[-1])
+            parts.append(parts[-1] + y if self.shortcut else y)
+        merged: Tensor = self.merge(torch.cat(parts, dim=1))
+        return merged
+
+
 class SpatialPyramidPooling(nn.Module):
-    """Concatenates max-pools of 5, 9 and 13 pixels: context at the coarsest level."""
+    """Concatenates max-pools of 5, 9 and 13 pixels: context at the coarsest level (YOLOX's SPP, YOLOv8's SPPF)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -96,6 +96,28 @@ def complete_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return iou - distance - weight * shape
 
 
+def distances_to_boxes(distances: Tensor, anchors_xy_px: Tensor, strides: Tensor) -> Tensor:
+    """Return boxes_xyxy_px (..., 4) from distances (..., 4) in strides: left, top, right, bottom from an anchor."""
+    left_top, right_bottom = (distances * strides.unsqueeze(-1)).split(2, dim=-1)
+    return torch.cat((anchors_xy_px - left_top, anchors_xy_px + right_bottom), dim=-1)
+
+
+def boxes_to_distances(boxes_xyxy_px: Tensor, anchors_xy_px: Tensor, strides: Tensor) -> Tensor:
+    """Return distances (..., 4) in strides: the inverse of `distances_to_boxes`; negative outside the box."""
+    top_left, bottom_right = boxes_xyxy_px.split(2, dim=-1)
+    distances_px = torch.cat((anchors_xy_px - top_left, bottom_right - anchors_xy_px), dim=-1)
+    return distances_px / strides.unsqueeze(-1)
+
+
+def points_near_boxes(points_xy_px: Tensor, boxes_xyxy_px: Tensor, reach_px: float) -> Tensor:
+    """Return whether point j (M, 2) lies in box i (N, 4), or within `reach_px` of its centre per axis: bool (N, M)."""
+    center = (boxes_xyxy_px[:, :2] + boxes_xyxy_px[:, 2:]) / 2
+    reach = ((boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2]) / 2).clamp(min=reach_px)
+    x, y = points_xy_px.unbind(-1)
+    near_x = (x - center[:, :1]).abs() <= reach[:, :1]
+    return near_x & ((y - center[:, 1:]).abs() <= reach[:, 1:])
+
+
 def points_in_boxes(points_xy_px: Tensor, boxes_xyxy_px: Tensor) -> Tensor:
     """Return whether box i (N, 4) holds point j (M, 2) strictly inside: bool (N, M)."""
     x, y = points_xy_px.unbind(-1)

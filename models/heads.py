@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ConvBlock, spatial_conv, without_autocast
-from .boxes import anchor_grid, decode_boxes
+from .boxes import anchor_grid, decode_boxes, distances_to_boxes
 
 # Logit of the foreground probability, 0.01, at which every score starts.
 PRIOR_LOGIT = math.log(0.01 / 0.99)
@@ -41,6 +41,35 @@ class AnchorPredictions:
     def decoded_boxes_xyxy_px(self) -> Tensor:
         """Return the decoded boxes (B, A, 4)."""
         return decode_boxes(self.boxes_raw, self.grid_xy, self.strides)
+
+
+@dataclass(frozen=True)
+class DistributionPredictions:
+    """Raw float32 predictions whose box sides are distributions, one per anchor point, finest level first.
+
+    `side_logits` (B, A, 4, K) over distances of 0..K-1 strides from the anchor point to the left, top, right and
+    bottom side; `class_logits` (B, A, C); `grid_xy` (A, 2) cell corners in cells; `strides` (A,) in pixels.
+    """
+
+    side_logits: Tensor
+    class_logits: Tensor
+    grid_xy: Tensor
+    strides: Tensor
+
+    @property
+    def anchors_xy_px(self) -> Tensor:
+        """Centres of the anchor points (A, 2)."""
+        return (self.grid_xy + 0.5) * self.strides.unsqueeze(1)
+
+    def decoded_boxes_xyxy_px(self) -> Tensor:
+        """Return the decoded boxes (B, A, 4): each side at the mean of its distribution."""
+        return distances_to_boxes(mean_distances(self.side_logits), self.anchors_xy_px, self.strides)
+
+
+def mean_distances(side_logits: Tensor) -> Tensor:
+    """Return the means (..., 4), in strides, of distributions given as logits (..., 4, K)."""
+    distances = torch.arange(side_logits.shape[-1], dtype=side_logits.dtype, device=side_logits.device)
+    return side_logits.softmax(-1) @ distances
 
 
 @dataclass(frozen=True)
@@ -117,6 +146,61 @@ class DecoupledHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> AnchorPredictions:
         """Return the predictions of all levels from one map (B, C, h, w) per level."""
         return self.predict(self.towers(features))
+
+
+class DistributionHead(nn.Module):
+    """Head of YOLOv8: a tower for the distributions of the box sides and one for the classes, no objectness.
+
+    The widths of both towers follow from the finest level's and hold for all levels.
+    """
+
+    NUM_DISTANCES = 16
+
+    def __init__(self, in_channels: Sequence[int], strides: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.num_classes = num_classes
+        finest = in_channels[0]
+        box_channels = max(16, finest // 4, 4 * self.NUM_DISTANCES)
+        class_channels = max(finest, min(num_classes, 100))
+
+        def towers(hidden: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                nn.Sequential(ConvBlock(channels, hidden, 3), ConvBlock(hidden, hidden, 3)) for channels in in_channels
+            )
+
+        self.box_towers = towers(box_channels)
+        self.class_towers = towers(class_channels)
+        sides = 4 * self.NUM_DISTANCES
+        # At first, five objects in an image of 640 px, spread over the cells and classes.
+        logits = [math.log(5 / num_classes / (640 / stride) ** 2) for stride in strides]
+        self.box_predictors = nn.ModuleList(_predictor(box_channels, sides, 1.0) for _ in in_channels)
+        self.class_predictors = nn.ModuleList(_predictor(class_channels, num_classes, logit) for logit in logits)
+
+    def forward(self, features: Sequence[Tensor]) -> DistributionPredictions:
+        """Return the predictions of all levels from one map (B, C, h, w) per level.
+
+        As in `DecoupledHead`, the predictors keep the precision of their weights under autocast.
+        """
+        boxes, classes = [], []
+        dtype = self.box_predictors[0].weight.dtype
+        towers = zip(self.box_towers, self.class_towers, features, strict=True)
+        for level, (box_tower, class_tower, x) in enumerate(towers):
+            box, classification = box_tower(x), class_tower(x)
+            with without_autocast(x.device):
+                boxes.append(self.box_predictors[level](box.to(dtype)))
+                classes.append(self.class_predictors[level](classification.to(dtype)))
+        sizes_hw = [(level.shape[2], level.shape[3]) for level in boxes]
+        grid_xy, strides = anchor_grid(sizes_hw, self.strides, boxes[0].device)
+        side_logits = _per_anchor(boxes).unflatten(2, (4, self.NUM_DISTANCES))
+        return DistributionPredictions(side_logits, _per_anchor(classes), grid_xy, strides)
+
+
+def _predictor(in_channels: int, out_channels: int, bias: float) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    if conv.bias is not None:
+        nn.init.constant_(conv.bias, bias)
+    return conv
 
 
 def _per_anchor(levels: Sequence[Tensor]) -> Tensor:

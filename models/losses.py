@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .assigners import Assignment
 from .boxes import aligned_iou, complete_iou, decode_boxes, encode_boxes, points_in_boxes
-from .heads import AnchorPredictions
+from .heads import AnchorPredictions, DistributionPredictions
 from .interface import Losses, Targets
 
 BOX_WEIGHT = 5.0
@@ -66,7 +66,7 @@ def anchor_losses(
     }
     if closing:
         sums["l1"] = F.l1_loss(boxes_raw, encode_boxes(object_boxes_xyxy_px, grid_xy, strides), reduction="sum")
-    return Losses(sums, dict.fromkeys(sums, foreground.sum().float()), _metrics(targets, assignment, ignored))
+    return Losses(sums, dict.fromkeys(sums, foreground.sum().float()), assignment_metrics(targets, assignment, ignored))
 
 
 def foreground_loss(logits: Tensor, foreground: Tensor, ignored: Tensor) -> Tensor:
@@ -76,21 +76,24 @@ def foreground_loss(logits: Tensor, foreground: Tensor, ignored: Tensor) -> Tens
     )
 
 
-def anchor_labels(predictions: AnchorPredictions, targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor]:
+def anchor_labels(
+    predictions: AnchorPredictions | DistributionPredictions, targets: Targets, assignment: Assignment
+) -> tuple[Tensor, Tensor]:
     """Return which anchor points are positive, and which are negative in an ignore region: bool (B, A) each."""
-    foreground = torch.zeros_like(predictions.objectness_logits, dtype=torch.bool)
+    foreground = torch.zeros_like(predictions.class_logits[:, :, 0], dtype=torch.bool)
     foreground[assignment.image_index, assignment.anchor_index] = True
     return foreground, ignored_anchors(predictions, targets) & ~foreground
 
 
-def ignored_anchors(predictions: AnchorPredictions, targets: Targets) -> Tensor:
+def ignored_anchors(predictions: AnchorPredictions | DistributionPredictions, targets: Targets) -> Tensor:
     """Return which anchor points have their centre in an ignore region of their image: bool (B, A)."""
-    regions = torch.zeros_like(predictions.objectness_logits)
+    regions = torch.zeros_like(predictions.class_logits[:, :, 0])
     inside = points_in_boxes(predictions.anchors_xy_px, targets.ignore_xyxy_px)
     return regions.index_add_(0, targets.ignore_image_index, inside.to(regions.dtype)) > 0
 
 
-def _metrics(targets: Targets, assignment: Assignment, ignored: Tensor) -> dict[str, Tensor]:
+def assignment_metrics(targets: Targets, assignment: Assignment, ignored: Tensor) -> dict[str, Tensor]:
+    """Return how many positives an object got, and how many objects and anchors count for nothing."""
     num_positives = torch.bincount(assignment.object_index, minlength=len(targets.labels)).float()
     return {
         "positives_per_object": num_positives.sum() / max(len(num_positives), 1),

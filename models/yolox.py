@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .assigners import CandidateMode, SimOTA
-from .backbones import CSPDarknet, scaled_repeats
+from .backbones import CSPDarknet, check_images, scaled_repeats
 from .blocks import without_autocast
 from .heads import AnchorPredictions, DecoupledHead
 from .interface import Architecture, Detections, Losses, PostprocessConfig, Targets
-from .losses import anchor_losses
+from .losses import BoxLoss, anchor_losses, squared_iou_loss
 from .necks import PAFPN
 from .postprocess import select_detections
 from .settings import InvalidSetting
@@ -47,14 +47,8 @@ class YoloxConfig:
     center_radius: float = 1.5
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "center_radius"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InvalidSetting(f"{name}={value!r} must be finite and above 0. Give a positive number.")
-        if self.width < 1 / 64:
-            raise InvalidSetting(
-                f"width={self.width!r} must be at least 1/64, or no channel is left. Give a larger one."
-            )
+        check_multipliers(self.depth, self.width)
+        check_positive("center_radius", self.center_radius)
         if self.strides not in (STRIDES, STRIDES_P2):
             raise InvalidSetting(
                 f"strides={self.strides!r} must double from 4 or 8 up to 32. "
@@ -62,15 +56,37 @@ class YoloxConfig:
             )
 
 
-class Yolox(nn.Module):
-    """A detector made of a backbone, a neck over its coarsest levels, a decoupled head, and SimOTA to train it."""
+def check_multipliers(depth: float, width: float) -> None:
+    """Raise InvalidSetting unless both are positive and finite, and the width leaves a channel everywhere."""
+    check_positive("depth", depth)
+    check_positive("width", width)
+    if width < 1 / 64:
+        raise InvalidSetting(f"width={width!r} must be at least 1/64, or no channel is left. Give a larger one.")
 
-    def __init__(self, backbone: nn.Module, neck: nn.Module, head: DecoupledHead, assigner: SimOTA) -> None:
+
+def check_positive(name: str, value: float) -> None:
+    """Raise InvalidSetting unless a number is positive and finite."""
+    if not (math.isfinite(value) and value > 0):
+        raise InvalidSetting(f"{name}={value!r} must be finite and above 0. Give a positive number.")
+
+
+class Yolox(nn.Module):
+    """A detector of a backbone, a neck, a decoupled head on the neck's coarsest maps, and SimOTA to train it."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        head: DecoupledHead,
+        assigner: SimOTA,
+        box_loss: BoxLoss = squared_iou_loss,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck
         self.head = head
         self.assigner = assigner
+        self.box_loss = box_loss
         self.num_classes = head.num_classes
         self.strides = head.strides
 
@@ -86,14 +102,14 @@ class Yolox(nn.Module):
             ValueError: the shape is not (B, 3, H, W), or H or W is not a multiple of the largest stride.
         """
         check_images(images, max(self.strides))
-        maps: list[Tensor] = self.neck(self.backbone(images)[-len(self.strides) :])
-        return maps
+        maps: list[Tensor] = self.neck(self.backbone(images))
+        return maps[-len(self.strides) :]
 
     def criterion(self, predictions: AnchorPredictions, targets: Targets, *, closing: bool = False) -> Losses:
         """Return the loss sums of one batch; see `losses.anchor_losses`."""
         with without_autocast(predictions.boxes_raw.device):
             assignment = self.assigner(predictions, targets)
-            return anchor_losses(predictions, targets, assignment, closing=closing)
+            return anchor_losses(predictions, targets, assignment, self.box_loss, closing=closing)
 
     @torch.no_grad()
     def postprocess(self, predictions: AnchorPredictions, config: PostprocessConfig) -> list[Detections]:
@@ -102,23 +118,6 @@ class Yolox(nn.Module):
         scores = predictions.objectness_logits.sigmoid() * class_logits.sigmoid()
         images = zip(predictions.decoded_boxes_xyxy_px(), scores, labels, strict=True)
         return [select_detections(*image, config) for image in images]
-
-
-def check_images(images: Tensor, largest_stride: int) -> None:
-    """Raise ValueError unless `images` is (B, 3, H, W) with H and W multiples of the largest stride."""
-    shape = tuple(images.shape)
-    if len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"images of shape {shape} must be (B, 3, H, W). Stack BGR images, channels first.")
-    if shape[2] % largest_stride or shape[3] % largest_stride:
-        raise ValueError(
-            f"image size {shape[2]} x {shape[3]} (H x W) must be a multiple of {largest_stride}, the largest stride, "
-            f"in both. Pad or resize the batch, for example to {_ceil(shape[2], largest_stride)} x "
-            f"{_ceil(shape[3], largest_stride)}."
-        )
-
-
-def _ceil(size: int, multiple: int) -> int:
-    return math.ceil(size / multiple) * multiple
 
 
 def build_yolox(config: YoloxConfig, num_classes: int) -> Yolox:

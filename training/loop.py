@@ -26,7 +26,7 @@ from training.meter import Meter, Progress
 from training.optimizer import learning_rate_at, set_learning_rate
 from training.scoring import Scored, score_split
 from training.spec import RunSpec
-from training.state import TrainingState, WarmStart, build_state, restore, save, warm_start
+from training.state import TrainingState, WarmStart, build_state, restore, save, set_training_mode, warm_start
 from training.workers import Workers
 
 MAX_NON_FINITE_STEPS = 20
@@ -63,6 +63,7 @@ def train(
     Raises:
         ValueError: the training split is smaller than one global batch.
         UnfitWeights: see `warm_start`.
+        UnknownPart: the spec freezes what the architecture does not have.
         Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row or a whole epoch, or a weight is not.
     """
     torch.manual_seed(spec.seed)
@@ -112,7 +113,7 @@ def train_one_epoch(
     closing: bool,
 ) -> dict[str, float]:
     """One pass over the training split; the mean of every loss term, each divided over the global batch."""
-    state.model.train()
+    set_training_mode(state.model, spec)
     meter = Meter(spec, steps_per_epoch=len(loader), first_step=state.step)
     for batch in _timed(loader, meter):
         learning_rate = learning_rate_at(state.step, len(loader), spec.training)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,16 @@ class ArchitectureSpec(_Section):
         plain: dict[str, Any] = json.loads(canonical_json(settings))
         return plain
 
+    @property
+    def label(self) -> str:
+        """Name for people: with the settings that are not the architecture's own."""
+        import models
+
+        row = models.ARCHITECTURES.get(self.name)
+        own = {} if row is None else json.loads(canonical_json(asdict(row.config)))
+        changed = [f"{key}={value}" for key, value in self.settings.items() if own.get(key) != value]
+        return " ".join([self.name, *changed])
+
 
 class DatasetSpec(_Section):
     """One version of one dataset; `version` is the DVC hash of the prepared folder."""
@@ -47,7 +58,8 @@ class TrainingSpec(_Section):
     """The recipe. `batch_size` counts images per optimiser step over all workers.
 
     `warm_start`: the weights to begin with. In an experiment `champion`, a run key or a file; in a run's spec
-    `sha256:<hex>` of what that was.
+    `sha256:<hex>` of what that was. `freeze`: parts of the detector, by module name, that keep their weights and their
+    normalisation.
     """
 
     epochs: int = Field(12, ge=1)
@@ -66,6 +78,7 @@ class TrainingSpec(_Section):
     validate_every_epochs: int = Field(1, ge=1)
     # Left out where there is none: the keys of runs that start cold stay what they were before this field was there.
     warm_start: str | None = Field(None, exclude_if=lambda weights: weights is None)
+    freeze: tuple[str, ...] = Field((), exclude_if=lambda parts: not parts)
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -135,7 +148,7 @@ class RunSpec(_Section):
     @property
     def title(self) -> str:
         """Name for people: architecture, dataset, seed."""
-        return f"{self.architecture.name} / {self.dataset.name} / seed {self.seed}"
+        return f"{self.architecture.label} / {self.dataset.name} / seed {self.seed}"
 
 
 def canonical_json(value: Any) -> str:

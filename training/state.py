@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import models
 from models.interface import Detector
+from models.weights import sources
 from training.checkpoint import file_sha256, load_checkpoint, save_checkpoint
 from training.optimizer import build_optimizer, weight_average
 from training.spec import RunSpec
@@ -21,6 +23,10 @@ from training.spec import RunSpec
 
 class UnfitWeights(ValueError):
     """Weights that a run was to start from and that have nothing for it."""
+
+
+class UnknownPart(LookupError):
+    """`training.freeze` names no module of the architecture."""
 
 
 @dataclass
@@ -51,9 +57,36 @@ def build_model(spec: RunSpec) -> nn.Module:
 
 
 def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
-    """Freshly initialised model, average and optimiser on `device`."""
+    """Freshly initialised model, average and optimiser on `device`. Raises UnknownPart."""
     model = build_model(spec).to(device)
+    for part in parts(model, spec.training.freeze):
+        part.requires_grad_(False)
     return TrainingState(model, weight_average(model, spec.training), build_optimizer(model, spec.training))
+
+
+def parts(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules of those names. Raises UnknownPart if there is none."""
+    known = dict(model.named_modules())
+    for name in names:
+        if not name or name not in known:
+            children = [child for child, _ in model.named_children()]
+            near = difflib.get_close_matches(name, list(known)[1:], n=1) or children
+            raise UnknownPart(f"training.freeze: {name!r} is no part of this architecture; there is {', '.join(near)}")
+    return [known[name] for name in names]
+
+
+def require_parts(spec: RunSpec) -> None:
+    """Raise UnknownPart if the spec freezes what its architecture does not have."""
+    if spec.training.freeze:
+        with torch.device("meta"):
+            parts(build_model(spec), spec.training.freeze)
+
+
+def set_training_mode(model: nn.Module, spec: RunSpec) -> None:
+    """Training mode, but for what is frozen: its normalisation must not drift under weights that stay."""
+    model.train()
+    for part in parts(model, spec.training.freeze):
+        part.eval()
 
 
 @dataclass(frozen=True)
@@ -70,21 +103,20 @@ def warm_start_path(storage: Path, weights: str) -> Path:
 
 
 def fitting_share(spec: RunSpec, path: Path) -> float:
-    """The share of an architecture's numbers for which a safetensors file has a tensor of their name and shape."""
+    """The share of an architecture's numbers for which a safetensors file has a tensor; see `models.weights`."""
     from safetensors import safe_open
 
     with torch.device("meta"):
         model = build_model(spec)
     wanted: dict[str, tuple[int, ...]] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     with safe_open(path, framework="pt") as given:
-        names = wanted.keys() & set(given.keys())
-        fitting = [name for name in names if tuple(given.get_slice(name).get_shape()) == wanted[name]]
+        fitting = sources(wanted, {name: tuple(given.get_slice(name).get_shape()) for name in given.keys()})  # noqa: SIM118
     total: int = sum(math.prod(shape) for shape in wanted.values())
     return sum(math.prod(wanted[name]) for name in fitting) / total
 
 
 def warm_start(state: TrainingState, path: Path) -> WarmStart:
-    """Begin with the weights in a safetensors file; tensors whose name or shape differs stay as initialised.
+    """Begin with the weights in a safetensors file; tensors for which it has no counterpart stay as initialised.
 
     Raises:
         UnfitWeights: the file's bytes are not those of its name, or no tensor fits.
@@ -94,7 +126,8 @@ def warm_start(state: TrainingState, path: Path) -> WarmStart:
     if file_sha256(path) != path.stem:
         raise UnfitWeights(f"{path} differs from the sha256 in its name; delete it and plan again")
     known, given = state.model.state_dict(), load_file(path)
-    fitting = {name: value for name, value in given.items() if name in known and value.shape == known[name].shape}
+    shapes, given_shapes = ({name: tuple(value.shape) for name, value in one.items()} for one in (known, given))
+    fitting = {name: given[source] for name, source in sources(shapes, given_shapes).items()}
     if not any(value.is_floating_point() for value in fitting.values()):
         raise UnfitWeights(
             f"no tensor of {path} has the name and shape of one in this architecture; use its own weights"

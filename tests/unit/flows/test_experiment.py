@@ -75,7 +75,7 @@ def test_every_shipped_experiment_is_valid_and_says_what_to_expect(path: Path, m
     )
     experiment = load_experiment(path.stem)
     cells = experiment.cells(dict.fromkeys(experiment.datasets, "0" * 32))
-    axes = (experiment.datasets, experiment.architectures, experiment.seeds)
+    axes = (experiment.datasets, experiment.resolved_architectures(), experiment.seeds)
     assert len(cells) == len({cell.run_key for cell in cells}) == len(axes[0]) * len(axes[1]) * len(axes[2])
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert [
@@ -227,3 +227,27 @@ def test_a_warm_start_is_asked_for_each_cold_cell_and_is_part_of_its_key(small: 
     assert (cold.training.warm_start, warm.training.warm_start) == (None, weights)
     assert asked == [cold.run_key, warm.with_warm_start(None).run_key]
     assert len({*asked, warm.run_key}) == 3
+
+
+def test_a_list_of_settings_makes_a_cell_of_each(small: Path) -> None:
+    variants = "[{}, {center_radius: 2.0}, {width: 0.5}]"
+    experiment = load_experiment(small, [f"settings.yolox-nano={variants}", "seeds=[0, 1]"])
+    cells = experiment.cells({"sample-aerial": "0" * 32})
+    nano = [cell for cell in cells if cell.architecture.name == "yolox-nano"]
+    assert len({cell.run_key for cell in nano}) == len(nano) == 6
+    assert [cell.architecture.label for cell in nano[::2]] == [
+        "yolox-nano", "yolox-nano center_radius=2.0", "yolox-nano width=0.5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ("settings.depht=0.5", r"depht: expected settings by architecture, as in settings\.depht\.width=0\.5"),
+        ("settings.yolox-nano=[{width: 0.5}, {width: 0.5}]", "every variant must occur once"),
+        ("settings.yolox-nano=[{}, {widht: 0.5}]", "widht"),
+    ],
+)
+def test_wrong_settings_name_their_rule(small: Path, change: str, rule: str) -> None:
+    with pytest.raises((BadExperiment, LookupError), match=rule):
+        load_experiment(small, [change])

@@ -22,7 +22,7 @@ from flows.leaderboard import (
 from flows.plan import Estimate, PlannedCell
 from training.jobs import CellFailed
 from training.records import RunResult
-from training.spec import RunSpec
+from training.spec import ArchitectureSpec, RunSpec
 
 Cell = tuple[PlannedCell, CellOutcome | Exception]
 
@@ -67,7 +67,8 @@ def test_order_is_dataset_then_the_mean_over_seeds_on_val(cells: list[Cell]) -> 
     ]
     assert [row.champion for row in rows] == [True, False, False, False, False]
     assert rows[0] == Row(
-        "apples", "yolox-tiny", 0, key(cells[2]), "cached", val_ap=0.5, test_ap=0.25, test_ap50=0.625, trained_s=60.0,
+        "apples", "yolox-tiny", "yolox-tiny width=0.125", 0, key(cells[2]), "cached",
+        val_ap=0.5, test_ap=0.25, test_ap50=0.625, trained_s=60.0,
         champion=True,
     )  # fmt: skip
     assert (rows[1].wall_s, rows[1].estimated_s, rows[2].val_ap) == (5.0, 4.0, None)
@@ -87,10 +88,11 @@ def test_a_failed_cell_says_why_in_one_line(cells: list[Cell]) -> None:
 
 
 def test_a_dataset_without_a_version_fails_each_of_its_cells() -> None:
-    rows = unplanned_rows("pears", ["yolox-nano", "yolox-s"], [0, 1], ValueError("no such folder\nfirst\nsecond"))
+    architectures = [ArchitectureSpec(name="yolox-nano"), ArchitectureSpec(name="yolox-s", settings={"width": 0.25})]
+    rows = unplanned_rows("pears", architectures, [0, 1], ValueError("no such folder\nfirst\nsecond"))
     assert [(row.title, row.state, row.error) for row in rows] == [
         (f"{name} / pears / seed {seed}", "failed", "no such folder")
-        for name in ("yolox-nano", "yolox-s") for seed in (0, 1)
+        for name in ("yolox-nano", "yolox-s width=0.25") for seed in (0, 1)
     ]  # fmt: skip
 
 
@@ -117,7 +119,7 @@ def test_mean_and_spread_over_seeds_leave_out_the_failed_one(seeds: list[Row]) -
     assert nano.mean["test_ap"] == pytest.approx(0.1875)
     line = as_markdown(seeds).splitlines()[2]
     assert [text.strip() for text in line.strip("|").split("|")][:5] == [
-        "apples", "yolox-nano", "mean of 2", "0.375 ±0.177", "0.188 ±0.088",
+        "apples", "yolox-nano depthwise=False width=0.125", "mean of 2", "0.375 ±0.177", "0.188 ±0.088",
     ]  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def test_markdown_has_a_line_for_every_cell(cells: list[Cell]) -> None:
     ]
     assert table[0] == ["dataset", *COLUMNS]
     assert ({len(line) for line in table}, set(table[1])) == ({len(table[0])}, {"---"})
-    assert [line[:3] for line in table[2:]] == [[row.dataset, row.architecture, str(row.seed)] for row in rows]
+    assert [line[:3] for line in table[2:]] == [[row.dataset, row.label, str(row.seed)] for row in rows]
     by_name = dict(zip(table[0], table[2], strict=True))
     assert (by_name["val AP"], by_name["test AP"], by_name["AP50"], by_name["AP small"]) == (
         "0.500", "0.250", "0.625", "-",
@@ -145,7 +147,7 @@ def test_the_terminal_has_a_table_for_each_dataset(cells: list[Cell]) -> None:
     rows = ordered(make_rows(cells, set()))
     apples, zebras = as_tables(rows)
     assert (apples.row_count, zebras.row_count) == (4, 1)
-    assert list(apples.columns[0].cells) == [row.architecture for row in rows if row.dataset == "apples"]
+    assert list(apples.columns[0].cells) == [row.label for row in rows if row.dataset == "apples"]
 
 
 def test_what_was_spent_and_saved(cells: list[Cell]) -> None:

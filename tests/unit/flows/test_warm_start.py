@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import flows.warm_start
 import models
 from flows.experiment import Experiment
 from flows.settings import Settings
@@ -156,3 +159,45 @@ def test_each_dataset_may_start_from_something_else(settings: Settings, tmp_path
     assert cold.training.warm_start is None
     with pytest.raises(NoSuchWeights, match=r"missing\.safetensors"):
         specs_of(experiment, "sample-surface", "0" * 32, settings)
+
+
+def test_a_yolox_release_checkpoint_is_taken_under_our_names(settings: Settings, tmp_path: Path) -> None:
+    stem = torch.randn(16, 12, 3, 3)
+    released = {
+        "backbone.backbone.dark2.0.dconv.bn.weight": torch.ones(16),
+        "backbone.backbone.stem.conv.conv.weight": stem,
+    }
+    torch.save({"model": released, "start_epoch": 300}, tmp_path / "yolox_nano.pth")
+    path = flows.warm_start._from_public(tmp_path / "yolox_nano.pth", settings)
+    kept = load_file(path)
+    assert kept.keys() == {"backbone.stages.0.0.0.norm.weight", "backbone.stem.block.conv.weight"}
+    assert torch.equal(kept["backbone.stem.block.conv.weight"], stem)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path(os.environ["EVIL"]),))
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (Evil(), "Nothing in it was run"),
+        ({"model": {"a": torch.zeros(1)}}, "no tensor named as in a YOLOX release"),
+        ({"model": {"a": 3}}, "must hold a dictionary of tensors"),
+        ([1, 2], "must hold a dictionary of tensors"),
+        (None, "damaged"),
+    ],
+)
+def test_what_is_no_release_checkpoint_is_refused_unexecuted(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell_spec: Callable[..., RunSpec],
+    content: object, rule: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    if content is None:
+        (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 half a file")
+    else:
+        torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(NoSuchWeights, match=rule):
+        _resolver(str(tmp_path / "x.pth"), settings)(cell_spec())
+    assert not (tmp_path / "evil").exists()

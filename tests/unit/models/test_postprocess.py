@@ -4,8 +4,30 @@ import numpy as np
 import pytest
 import torch
 
+from models import postprocess
 from models.interface import PostprocessConfig
-from models.postprocess import select_detections, suppress_non_maxima
+from models.postprocess import select_detections, suppress_non_maxima, torchvision_nms
+
+
+def nms_by_loop(boxes: torch.Tensor, scores: torch.Tensor, max_iou: float) -> torch.Tensor:
+    """What torchvision's function promises, of one class: the indices of the survivors by descending score."""
+    order = scores.argsort(descending=True)
+    kept = greedy_by_loop(boxes[order].numpy(), np.zeros(len(boxes)), max_iou)
+    return order[kept]
+
+
+@pytest.fixture(autouse=True, params=[None, nms_by_loop], ids=["ours", "as torchvision"])
+def suppression(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds whoever suppresses within a class."""
+    monkeypatch.setattr(postprocess, "torchvision_nms", lambda: request.param)
+
+
+@pytest.mark.skipif(torchvision_nms() is None, reason="torchvision, which is no requirement, is not installed")
+def test_torchvision_keeps_its_promise() -> None:
+    boxes, scores, _ = scene(1500, 1, 0)
+    nms = torchvision_nms()
+    assert nms is not None
+    assert torch.equal(nms(boxes, scores, 0.5), nms_by_loop(boxes, scores, 0.5))
 
 
 def scene(count: int, num_classes: int, seed: int, extent_px: float = 120.0) -> tuple[torch.Tensor, ...]:

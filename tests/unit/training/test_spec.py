@@ -24,7 +24,13 @@ from training.spec import (
 )
 
 MakeSpec = Callable[..., RunSpec]
-OTHER = {"optimizer": "adamw", "precision": "bf16", "input_size_px": 96, "warm_start": f"sha256:{'0' * 64}"}
+OTHER = {
+    "optimizer": "adamw",
+    "precision": "bf16",
+    "input_size_px": 96,
+    "warm_start": f"sha256:{'0' * 64}",
+    "freeze": ("backbone",),
+}
 recipes = st.builds(
     TrainingSpec,
     epochs=st.integers(2, 4),

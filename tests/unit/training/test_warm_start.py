@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from training.checkpoint import file_sha256
 from training.spec import RunSpec
-from training.state import TrainingState, UnfitWeights, build_state, warm_start
+from training.state import TrainingState, UnfitWeights, UnknownPart, build_state, set_training_mode, warm_start
 
 
 def keep(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -60,3 +60,30 @@ def test_weights_of_nothing_in_common_and_other_bytes_are_refused(state: Trainin
         stream.write(b"x")
     with pytest.raises(UnfitWeights, match="differs from the sha256"):
         warm_start(state, path)
+
+
+def test_frozen_parts_keep_weights_and_statistics_and_the_rest_learns(tiny_spec: Callable[..., RunSpec]) -> None:
+    spec = tiny_spec(freeze=("backbone", "neck.top_down"))
+    state = build_state(spec, torch.device("cpu"))
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    set_training_mode(state.model, spec)
+    torch.manual_seed(0)
+    predictions = state.model(torch.rand(2, 3, 64, 64) * 255)
+    (predictions.boxes_raw.square().sum() + predictions.objectness_logits.sum()).backward()
+    state.optimizer.step()
+    changed = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(name.startswith(("backbone.", "neck.top_down.")) for name in changed)
+    assert any(name.endswith("running_mean") for name in changed)
+
+
+@pytest.mark.parametrize(("name", "near"), [("backbon", "backbone"), ("", "backbone, neck, head"), ("xyz", "backbone")])
+def test_a_part_that_is_not_there_is_named(tiny_spec: Callable[..., RunSpec], name: str, near: str) -> None:
+    with pytest.raises(UnknownPart, match=rf"training.freeze: '{name}' is no part .* there is {near}"):
+        build_state(tiny_spec(freeze=(name,)), torch.device("cpu"))
+
+
+def test_nothing_frozen_leaves_run_keys_as_they_were(tiny_spec: Callable[..., RunSpec]) -> None:
+    spec = tiny_spec()
+    assert "freeze" not in spec.model_dump_json()
+    assert tiny_spec(freeze=("head",)).run_key != spec.run_key
