@@ -14,17 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import SMALLEST
 from torch import nn
 
 import models
 from models.interface import Detections, Losses, PostprocessConfig, Targets
 
-# The smallest of every family, and of a family with one size a smaller one still.
-SMALL: dict[str, dict[str, float]] = {
-    **{key: {} for key in ("yolox-nano", "yolox-n-p2", "yolov8-n", "yolov8-n-p2", "csf-net-n")},
-    **{key: {} for key in ("fpn-n", "panet-n", "gf-fpn-n", "foreground-probe-n")},
-    **{key: {"depth": 0.33, "width": 0.25} for key in ("bifpn-l", "afpn-l", "gf-fpn-l-darknet53")},
-}
 NUM_CLASSES = 3
 PACKAGE = Path(models.__file__).parent
 
@@ -52,7 +47,7 @@ def targets(per_image: list[int], height: int = 64, width: int = 64) -> Targets:
 
 def built(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(name, num_classes=NUM_CLASSES, **SMALL[name])
+    return models.build(name, num_classes=NUM_CLASSES, **SMALLEST[name])
 
 
 def total(losses: Losses) -> torch.Tensor:
@@ -70,7 +65,7 @@ def tensors(predictions: object) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(scope="module", params=SMALLEST)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -245,7 +240,7 @@ def test_a_copy_under_a_private_name_builds_and_detects(
     shutil.copytree(PACKAGE, tmp_path / private, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.syspath_prepend(tmp_path)
     copy = importlib.import_module(private)
-    detector = copy.build(name, num_classes=NUM_CLASSES, **SMALL[name]).eval()
+    detector = copy.build(name, num_classes=NUM_CLASSES, **SMALLEST[name]).eval()
     assert {module.__class__.__module__.split(".")[0] for module in detector.modules()} == {private, "torch"}
     detector.load_state_dict(trained.state_dict())
     with torch.no_grad():
