@@ -54,8 +54,8 @@ class Experiment(BaseModel):
         for name, variants in settings.items():
             if not isinstance(variants, (dict, list, tuple)):
                 raise ValueError(f"{name}: expected settings by architecture, as in settings.{name}.width=0.5")
-            if isinstance(variants, (list, tuple)) and any(variants.count(one) > 1 for one in variants):
-                raise ValueError(f"{name}: every variant must occur once")
+            if len(variants) == 0 and not isinstance(variants, dict):
+                raise ValueError(f"{name}: an empty list makes no cell; leave it out, or write [{{}}]")
         return {name: [one] if isinstance(one, dict) else one for name, one in settings.items()}
 
     @field_validator("architectures", "datasets", "seeds")
@@ -105,7 +105,7 @@ class Experiment(BaseModel):
         `warm_start` says what a cell that would start cold starts from, as `sha256:<hex>`.
 
         Raises:
-            UnknownPart: `training.freeze` names what an architecture does not have.
+            BadFreeze: `training.freeze` fits an architecture ill; see `require_parts`.
         """
         from training.state import require_parts
 
@@ -123,9 +123,10 @@ class Experiment(BaseModel):
             for architecture in self.resolved_architectures()
             for seed in self.seeds
         ]
-        for spec in cold:
+        cells = [spec.with_warm_start(warm_start(spec)) for spec in cold]
+        for spec in cells:
             require_parts(spec)
-        return [spec.with_warm_start(warm_start(spec)) for spec in cold]
+        return cells
 
     def _resolved_training(self, dataset: str) -> TrainingSpec:
         training = self.training_for(dataset)
@@ -192,8 +193,9 @@ def _check_names(experiment: Experiment, whole: Experiment) -> None:
         if unused := names - known:
             raise BadExperiment(f"{key}.{min(unused)}: not in the matrix ({', '.join(sorted(known))}); add it there")
     for name in sorted(architectures):
-        for changes in experiment.variants_of(name):
-            models.configure(name, **changes)
+        variants = [models.configure(name, **changes) for changes in experiment.variants_of(name)]
+        if len(set(variants)) < len(variants):
+            raise BadExperiment(f"settings.{name}: two variants come to the same settings; every one must differ")
     for name in sorted(datasets):
         load_card(name)
         try:
@@ -241,7 +243,7 @@ def _apply(content: dict[str, Any], change: str) -> None:
     for parent in parents:
         inner = place.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise BadExperiment(f"--set {change!r}: {parent!r} holds {inner!r}, which has no keys")
+            raise BadExperiment(f"--set {change!r}: {parent!r} holds {inner!r}, which has no keys; set it as a whole")
         place = inner
     place[last] = value
 

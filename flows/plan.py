@@ -163,7 +163,7 @@ def _kind(spec: RunSpec) -> tuple[Any, ...]:
     training, compute = spec.training, spec.compute
     per_worker = (compute.workers, compute.cpus_per_worker, compute.gpus_per_worker)
     settings = tuple(sorted((name, str(value)) for name, value in spec.architecture.settings.items()))
-    sizes = (training.input_size_px, training.batch_size, training.precision, training.optimizer)
+    sizes = (training.input_size_px, training.batch_size, training.precision, training.optimizer, training.freeze)
     return (spec.architecture.name, settings, sizes, per_worker)
 
 

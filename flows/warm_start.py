@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -89,13 +88,14 @@ def _from_public(path: Path, settings: Settings) -> Path:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # Whatever the bytes of a stranger make the unpickler raise.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NoSuchWeights(
-            f"{path} holds more than tensors, or is damaged: {str(error).splitlines()[0]}. Nothing in it was run. "
+            f"{path} holds more than tensors, or is damaged: {reason}. Nothing in it was run. "
             "Give a checkpoint of tensors alone"
         ) from None
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise NoSuchWeights(f"{path} must hold a dictionary of tensors, or one under 'model'")
     if not is_public_yolox(state):
         raise NoSuchWeights(
@@ -103,7 +103,9 @@ def _from_public(path: Path, settings: Settings) -> Path:
         )
     with tempfile.TemporaryDirectory(prefix="speck-warm-start-") as folder:
         converted = Path(folder) / "weights.safetensors"
-        save_file({from_public_yolox(name): value.contiguous() for name, value in state.items()}, converted)
+        save_file(
+            {from_public_yolox(name): value.detach().clone().contiguous() for name, value in state.items()}, converted
+        )
         return warm_start_path(settings.storage, _keep(converted, settings))
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .boxes import pairwise_iou, points_in_boxes, points_near_boxes
+from .boxes import aligned_iou, pairwise_iou, points_in_boxes
 from .heads import AnchorPredictions, DistributionPredictions
 from .interface import Targets
 
@@ -113,7 +113,8 @@ class TaskAligned:
     """Task-aligned assignment (Feng et al. 2021, "TOOD", section 3.2) with the constants of YOLOv8.
 
     Each object takes, of the anchor points inside its box, the ten of highest p_class^0.5 IoU^6; an anchor point wanted
-    by several objects goes to the one that it overlaps most. Ties go to the first.
+    by several objects goes to the one that it overlaps most. Ties go to the first. All images are assigned at once,
+    over the pairs of an object and an anchor point inside it: there are few, and no (G, A) matrix arises.
 
     Differs from YOLOv8: a box narrower than the finest stride counts as one stride wide when anchor points inside it
     are looked for (likewise its height), because an object between four centres would never be learned.
@@ -130,61 +131,61 @@ class TaskAligned:
         That score is the positive's alignment, scaled so that the best of an object gets the object's highest IoU.
         """
         boxes_xyxy_px = predictions.decoded_boxes_xyxy_px()
-        none = targets.image_index.new_zeros(0)
-        images, anchors, objects, scores = [none], [none], [none], [boxes_xyxy_px.new_zeros(0)]
-        start = 0
-        for image, count in enumerate(torch.bincount(targets.image_index, minlength=len(boxes_xyxy_px)).tolist()):
-            if count:
-                anchor_index, object_index, score = self._match(
-                    boxes_xyxy_px[image],
-                    predictions.class_logits[image],
-                    predictions.anchors_xy_px,
-                    float(predictions.strides.min()),
-                    targets.boxes_xyxy_px[start : start + count].to(boxes_xyxy_px.dtype),
-                    targets.labels[start : start + count],
-                )
-                images.append(torch.full_like(anchor_index, image))
-                anchors.append(anchor_index)
-                objects.append(object_index + start)
-                scores.append(score)
-            start += count
-        return Assignment(torch.cat(images), torch.cat(anchors), torch.cat(objects)), torch.cat(scores)
-
-    def _match(
-        self,
-        boxes_xyxy_px: Tensor,
-        class_logits: Tensor,
-        anchors_xy_px: Tensor,
-        finest_stride_px: float,
-        object_boxes_xyxy_px: Tensor,
-        object_labels: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Match one image; return anchor_index, object_index and score, each (P,)."""
-        inside = points_near_boxes(anchors_xy_px, object_boxes_xyxy_px, finest_stride_px / 2)
-        candidates = inside.any(0).nonzero().squeeze(1)
-        if len(candidates) == 0:
-            return candidates, candidates, boxes_xyxy_px.new_zeros(0)
-        inside = inside[:, candidates]
-        iou = pairwise_iou(object_boxes_xyxy_px, boxes_xyxy_px[candidates]) * inside
-        probability = class_logits[candidates].sigmoid().t()[object_labels]
+        object_boxes_xyxy_px = targets.boxes_xyxy_px.to(boxes_xyxy_px.dtype)
+        objects, anchors = pairs_inside(object_boxes_xyxy_px, predictions.grid_xy, predictions.strides)
+        images = targets.image_index[objects]
+        iou = aligned_iou(object_boxes_xyxy_px[objects], boxes_xyxy_px[images, anchors])
+        probability = predictions.class_logits[images, anchors, targets.labels[objects]].sigmoid()
         alignment = probability**self.class_power * iou**self.iou_power
 
-        most = min(self.num_positives, len(candidates))
-        # Outside counts as worse than nothing, so that a box far off does not keep its object from learning.
-        k = inside.sum(1).clamp(1, most)
-        takers, taken = k_cheapest(torch.where(inside, -alignment, 1.0), k, most)
-        owned = torch.zeros_like(inside)
-        owned[takers, taken] = inside[takers, taken]
-        contested = owned.sum(0) > 1
-        owned[:, contested] = False
-        owned[iou[:, contested].argmax(0), contested.nonzero().squeeze(1)] = True
+        places = images * boxes_xyxy_px.shape[1] + anchors
+        owned = rank_in_group(-alignment, objects) < self.num_positives
+        contested = torch.bincount(places[owned], minlength=boxes_xyxy_px.shape[:2].numel())[places] > 1
+        owned[contested] = rank_in_group(-iou[contested], places[contested]) == 0
 
-        candidate_index, object_index = owned.t().nonzero().unbind(1)
-        mine = alignment[object_index, candidate_index]
-        best = _largest_per_object(mine, object_index, len(owned))
-        highest_iou = _largest_per_object(iou[object_index, candidate_index], object_index, len(owned))
-        score = mine / best.clamp(min=torch.finfo(mine.dtype).tiny) * highest_iou
-        return candidates[candidate_index], object_index, score
+        owned_pairs = owned.nonzero().squeeze(1)
+        owned_pairs = owned_pairs[places[owned_pairs].argsort()]
+        objects, alignment, iou = objects[owned_pairs], alignment[owned_pairs], iou[owned_pairs]
+        best = _largest_per_object(alignment, objects, len(object_boxes_xyxy_px))
+        scores = alignment / best.clamp(min=torch.finfo(best.dtype).tiny)
+        scores *= _largest_per_object(iou, objects, len(object_boxes_xyxy_px))
+        return Assignment(images[owned_pairs], anchors[owned_pairs], objects), scores
+
+
+def pairs_inside(object_boxes_xyxy_px: Tensor, grid_xy: Tensor, strides: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pairs (object, anchor point) with the point in the object's box: int64 (N,) each, of one image size.
+
+    Boxes (G, 4), at least a finest stride wide and high when looked into; `grid_xy` (A, 2), `strides` (A,) of levels
+    one after the other, each row by row. The anchors of an object ascend, and so do the objects of an anchor.
+    """
+    center = (object_boxes_xyxy_px[:, :2] + object_boxes_xyxy_px[:, 2:]) / 2
+    half_px = ((object_boxes_xyxy_px[:, 2:] - object_boxes_xyxy_px[:, :2]) / 2).clamp(min=strides[0] / 2)
+    level_strides, counts = strides.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    objects, anchors = [], []
+    for stride, first, last_xy in zip(level_strides, ends - counts, grid_xy[ends - 1], strict=True):
+        # Anchor points stand in the middle of their cells.
+        low = ((center - half_px) / stride - 0.5).ceil().clamp(min=0)
+        high = torch.minimum(((center + half_px) / stride - 0.5).floor(), last_xy)
+        extent = (high - low + 1).clamp(min=0).long()
+        per_object = extent.prod(1)
+        mine = torch.arange(len(center), device=center.device).repeat_interleave(per_object)
+        within = torch.arange(len(mine), device=center.device) - (per_object.cumsum(0) - per_object)[mine]
+        row, column = within // extent[mine, 0], within % extent[mine, 0]
+        corner = low.long()[mine]
+        anchors.append(first + (corner[:, 1] + row) * (last_xy[0].long() + 1) + corner[:, 0] + column)
+        objects.append(mine)
+    return torch.cat(objects), torch.cat(anchors)
+
+
+def rank_in_group(keys: Tensor, groups: Tensor) -> Tensor:
+    """Return for each key (N,) how many of its group (N,) come before it, the lowest first: int64 (N,); stable."""
+    order = keys.argsort(stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    in_order = groups[order]
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(in_order, in_order)
+    return ranks
 
 
 def _largest_per_object(values: Tensor, object_index: Tensor, num_objects: int) -> Tensor:
@@ -213,26 +214,19 @@ def match_dynamic_k(cost: Tensor, iou: Tensor) -> Tensor:
     """
     num_candidates = cost.shape[1]
     most = min(MAX_POSITIVES_PER_OBJECT, num_candidates)
-    k = iou.topk(most, dim=1).values.sum(1).long().clamp(1, most)
-    objects, candidates = k_cheapest(cost, k, most)
+    k = iou.topk(most, dim=1).values.sum(1).long().clamp(1, most).unsqueeze(1)
+
+    # One more than needed shows whether the k-th and the next are equal; top-k breaks such ties at will.
+    values, taken = cost.topk(min(most + 1, num_candidates), dim=1, largest=False)
+    following = k.clamp(max=values.shape[1] - 1)
+    tied = ((values.gather(1, k - 1) == values.gather(1, following)) & (following == k)).squeeze(1)
+    if tied.any():
+        taken[tied] = cost[tied].argsort(dim=1, stable=True)[:, : taken.shape[1]]
+
+    objects, slots = (torch.arange(taken.shape[1], device=k.device) < k).nonzero().unbind(1)
+    candidates = taken[objects, slots]
     owner = torch.full((num_candidates,), -1, device=cost.device)
     owner[candidates] = objects
     contested = (torch.bincount(candidates, minlength=num_candidates) > 1).nonzero().squeeze(1)
     owner[contested] = cost[:, contested].argmin(dim=0)
     return owner
-
-
-def k_cheapest(cost: Tensor, k: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return the pairs (row, column), int64 each, of the k[row] least entries of each row of `cost` (G, N).
-
-    `k` int64 (G,) in 1..most, `most` at most N. Of equal entries the first are taken.
-    """
-    k = k.unsqueeze(1)
-    # One more than needed shows whether the k-th and the next are equal; top-k breaks such ties at will.
-    values, taken = cost.topk(min(most + 1, cost.shape[1]), dim=1, largest=False)
-    following = k.clamp(max=values.shape[1] - 1)
-    tied = ((values.gather(1, k - 1) == values.gather(1, following)) & (following == k)).squeeze(1)
-    if tied.any():
-        taken[tied] = cost[tied].argsort(dim=1, stable=True)[:, : taken.shape[1]]
-    rows, slots = (torch.arange(taken.shape[1], device=k.device) < k).nonzero().unbind(1)
-    return rows, taken[rows, slots]

@@ -109,15 +109,6 @@ def boxes_to_distances(boxes_xyxy_px: Tensor, anchors_xy_px: Tensor, strides: Te
     return distances_px / strides.unsqueeze(-1)
 
 
-def points_near_boxes(points_xy_px: Tensor, boxes_xyxy_px: Tensor, reach_px: float) -> Tensor:
-    """Return whether point j (M, 2) lies in box i (N, 4), or within `reach_px` of its centre per axis: bool (N, M)."""
-    center = (boxes_xyxy_px[:, :2] + boxes_xyxy_px[:, 2:]) / 2
-    reach = ((boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2]) / 2).clamp(min=reach_px)
-    x, y = points_xy_px.unbind(-1)
-    near_x = (x - center[:, :1]).abs() <= reach[:, :1]
-    return near_x & ((y - center[:, 1:]).abs() <= reach[:, 1:])
-
-
 def points_in_boxes(points_xy_px: Tensor, boxes_xyxy_px: Tensor) -> Tensor:
     """Return whether box i (N, 4) holds point j (M, 2) strictly inside: bool (N, M)."""
     x, y = points_xy_px.unbind(-1)

@@ -49,7 +49,7 @@ class PyramidConfig:
     backbone: Backbone = "csp-darknet"
 
     def __post_init__(self) -> None:
-        check_multipliers(self.depth, self.width)
+        check_multipliers(self.depth, self.width, narrowest=16)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class GuidedConfig(PyramidConfig):
     `fuse`: guidance multiplies the next level ("star") or is added to it. `residual`: guidance is added once more at
     the end. `qk`: the projections of the equations, shared by all channels ("eq"), or those that the paper's parameter
     formula counts ("per_channel"). `norm`: batch normalisation after the convolutions of the attention module, an
-    addition that trains better; the paper lists none and its formula counts none.
+    addition: the paper lists none and its formula counts none.
     """
 
     fuse: Fuse = "star"

@@ -40,7 +40,7 @@ def suppress_non_maxima(boxes_xyxy_px: Tensor, labels: Tensor, max_iou: float, m
     own class exceeds `max_iou`. The result is exact: labels are compared, not encoded in shifted coordinates.
     torchvision, which is faster on a GPU, is used where it is installed, class by class: the result is the same.
     """
-    if (nms := torchvision_nms()) is not None:
+    if (nms := torchvision_nms(labels.device.type)) is not None:
         ranks = torch.arange(len(labels), 0, -1, dtype=boxes_xyxy_px.dtype, device=labels.device)
         classes = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
         survivors = [members[nms(boxes_xyxy_px[members], ranks[members], max_iou)] for members in classes]
@@ -57,11 +57,11 @@ def suppress_non_maxima(boxes_xyxy_px: Tensor, labels: Tensor, max_iou: float, m
 
 
 @functools.cache
-def torchvision_nms() -> Callable[[Tensor, Tensor, float], Tensor] | None:
-    """Return torchvision's suppression within one class, None where it is absent or made for another torch."""
+def torchvision_nms(device_type: str) -> Callable[[Tensor, Tensor, float], Tensor] | None:
+    """Return torchvision's suppression within one class, None where it is absent or not made for torch or device."""
     try:
         nms: Callable[[Tensor, Tensor, float], Tensor] = importlib.import_module("torchvision.ops").nms
-        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+        nms(torch.zeros(1, 4, device=device_type), torch.zeros(1, device=device_type), 0.5)
     except (ImportError, RuntimeError, AttributeError):
         return None
     return nms

@@ -36,10 +36,8 @@ _PUBLIC_YOLOX = (
     (r"\.pconv\.", ".1."),
     (r"\.bn\.", ".norm."),
 )
-# What counts the levels of a detector, and what is counted by level, the finest first.
-_STEM = re.compile(r"^(?:base\.)?head\.stems\.(\d+)\.")
-_BY_LEVEL = re.compile(r"^(neck(?:\.top_down)?\.(?:laterals|layers|downsamples)|head\.\w+)\.(\d+)\.")
-_PROBE_BASE = "base."
+# Parts that a detector has once a level, the finest first.
+_BY_LEVEL = re.compile(r"^(neck\.(?:top_down\.)?[a-z_]+|head\.[a-z_]+)\.(\d+)\.")
 
 
 def is_public_yolox(names: Iterable[str]) -> bool:
@@ -57,26 +55,30 @@ def from_public_yolox(name: str) -> str:
 def sources(known: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Return for each tensor of a detector the given tensor to take it from, where one of equal shape exists.
 
-    Both map names to shapes. A detector with a finer level takes what belongs to a stride from the same stride, and
-    foreground probing and the detector underneath it take from each other.
+    Both map names to shapes. Where one detector has more levels than the other, the coarsest levels correspond: a
+    stride takes from the same stride. Foreground probing and the detector underneath it take from each other, and so
+    do CSF-Net's deep backbone and YOLOv8's.
     """
-    shift = _num_levels(known) - _num_levels(given)
-    plain = {name.removeprefix(_PROBE_BASE): name for name in given}
+    plain = {_plain(name): name for name in given}
+    levels, given_levels = _num_levels(map(_plain, known)), _num_levels(plain)
     found = {}
     for name, shape in known.items():
-        counterpart = _shifted(name.removeprefix(_PROBE_BASE), -shift)
+        counterpart = _plain(name)
+        if match := _BY_LEVEL.match(counterpart):
+            level = int(match[2]) + given_levels.get(match[1], 0) - levels[match[1]]
+            counterpart = f"{match[1]}.{level}.{counterpart[match.end() :]}"
         if counterpart in plain and given[plain[counterpart]] == shape:
             found[name] = plain[counterpart]
     return found
 
 
-def _num_levels(names: Iterable[str]) -> int:
-    return max((int(stem[1]) + 1 for name in names if (stem := _STEM.match(name))), default=0)
+def _plain(name: str) -> str:
+    return name.removeprefix("base.").replace("backbone.deep.", "backbone.", 1)
 
 
-def _shifted(name: str, by: int) -> str:
-    """Return the name of the same part `by` levels further on; no tensor bears it if there is no such level."""
-    match = _BY_LEVEL.match(name)
-    if match is None or by == 0:
-        return name
-    return f"{match[1]}.{int(match[2]) + by}.{name[match.end() :]}"
+def _num_levels(names: Iterable[str]) -> dict[str, int]:
+    """Return how many levels each part has."""
+    counts: dict[str, int] = {}
+    for match in filter(None, map(_BY_LEVEL.match, names)):
+        counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return counts

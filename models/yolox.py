@@ -56,12 +56,14 @@ class YoloxConfig:
             )
 
 
-def check_multipliers(depth: float, width: float) -> None:
-    """Raise InvalidSetting unless both are positive and finite, and the width leaves a channel everywhere."""
+def check_multipliers(depth: float, width: float, narrowest: int = 64) -> None:
+    """Raise InvalidSetting unless both are positive and finite, and the width is at least 1 / narrowest."""
     check_positive("depth", depth)
     check_positive("width", width)
-    if width < 1 / 64:
-        raise InvalidSetting(f"width={width!r} must be at least 1/64, or no channel is left. Give a larger one.")
+    if width < 1 / narrowest:
+        raise InvalidSetting(
+            f"width={width!r} must be at least 1/{narrowest}, or no channel is left. Give a larger one."
+        )
 
 
 def check_positive(name: str, value: float) -> None:

@@ -63,7 +63,7 @@ def train(
     Raises:
         ValueError: the training split is smaller than one global batch.
         UnfitWeights: see `warm_start`.
-        UnknownPart: the spec freezes what the architecture does not have.
+        BadFreeze: the spec freezes what the architecture does not have.
         Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row or a whole epoch, or a weight is not.
     """
     torch.manual_seed(spec.seed)

@@ -25,8 +25,8 @@ class UnfitWeights(ValueError):
     """Weights that a run was to start from and that have nothing for it."""
 
 
-class UnknownPart(LookupError):
-    """`training.freeze` names no module of the architecture."""
+class BadFreeze(ValueError):
+    """`training.freeze` names no module of the architecture, or all of them, or what was never trained."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ def build_model(spec: RunSpec) -> nn.Module:
 
 
 def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
-    """Freshly initialised model, average and optimiser on `device`. Raises UnknownPart."""
+    """Freshly initialised model, average and optimiser on `device`. Raises BadFreeze."""
     model = build_model(spec).to(device)
     for part in parts(model, spec.training.freeze):
         part.requires_grad_(False)
@@ -65,21 +65,28 @@ def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
 
 
 def parts(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The modules of those names. Raises UnknownPart if there is none."""
+    """The modules of those names. Raises BadFreeze if there is none."""
     known = dict(model.named_modules())
     for name in names:
         if not name or name not in known:
             children = [child for child, _ in model.named_children()]
             near = difflib.get_close_matches(name, list(known)[1:], n=1) or children
-            raise UnknownPart(f"training.freeze: {name!r} is no part of this architecture; there is {', '.join(near)}")
+            raise BadFreeze(f"training.freeze: {name!r} is no part of this architecture; there is {', '.join(near)}")
     return [known[name] for name in names]
 
 
 def require_parts(spec: RunSpec) -> None:
-    """Raise UnknownPart if the spec freezes what its architecture does not have."""
+    """Raise BadFreeze if the spec freezes what its architecture does not have, all that it has, or chance."""
     if spec.training.freeze:
+        if spec.training.warm_start is None:
+            raise BadFreeze(
+                f"training.freeze={list(spec.training.freeze)} needs weights to keep; set training.warm_start"
+            )
         with torch.device("meta"):
-            parts(build_model(spec), spec.training.freeze)
+            model = build_model(spec)
+        frozen = {id(p) for part in parts(model, spec.training.freeze) for p in part.parameters()}
+        if all(id(parameter) in frozen for parameter in model.parameters()):
+            raise BadFreeze(f"training.freeze={list(spec.training.freeze)} leaves nothing to train; freeze less")
 
 
 def set_training_mode(model: nn.Module, spec: RunSpec) -> None:

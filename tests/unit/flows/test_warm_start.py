@@ -186,7 +186,10 @@ class Evil:
         ({"model": {"a": torch.zeros(1)}}, "no tensor named as in a YOLOX release"),
         ({"model": {"a": 3}}, "must hold a dictionary of tensors"),
         ([1, 2], "must hold a dictionary of tensors"),
-        (None, "damaged"),
+        (b"PK\x03\x04 half a file", "damaged"),
+        (b"<html>not found</html>", "damaged"),
+        (b"", "damaged"),
+        ({"model": {3: torch.zeros(1)}}, "must hold a dictionary of tensors"),
     ],
 )
 def test_what_is_no_release_checkpoint_is_refused_unexecuted(
@@ -194,8 +197,8 @@ def test_what_is_no_release_checkpoint_is_refused_unexecuted(
     content: object, rule: str,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
-    if content is None:
-        (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 half a file")
+    if isinstance(content, bytes):
+        (tmp_path / "x.pth").write_bytes(content)
     else:
         torch.save(content, tmp_path / "x.pth")
     with pytest.raises(NoSuchWeights, match=rule):

@@ -19,13 +19,13 @@ def nms_by_loop(boxes: torch.Tensor, scores: torch.Tensor, max_iou: float) -> to
 @pytest.fixture(autouse=True, params=[None, nms_by_loop], ids=["ours", "as torchvision"])
 def suppression(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test holds whoever suppresses within a class."""
-    monkeypatch.setattr(postprocess, "torchvision_nms", lambda: request.param)
+    monkeypatch.setattr(postprocess, "torchvision_nms", lambda _: request.param)
 
 
-@pytest.mark.skipif(torchvision_nms() is None, reason="torchvision, which is no requirement, is not installed")
+@pytest.mark.skipif(torchvision_nms("cpu") is None, reason="torchvision, which is no requirement, is not installed")
 def test_torchvision_keeps_its_promise() -> None:
     boxes, scores, _ = scene(1500, 1, 0)
-    nms = torchvision_nms()
+    nms = torchvision_nms("cpu")
     assert nms is not None
     assert torch.equal(nms(boxes, scores, 0.5), nms_by_loop(boxes, scores, 0.5))
 

@@ -92,6 +92,29 @@ def test_foreground_probing_and_the_detector_underneath_take_from_each_other() -
     assert sources(probe, base) == {f"base.{name}": name for name in base}
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "prefix"),
+    [
+        ("fpn-s", "yolox-s", ""),
+        ("panet-s", "yolox-s", ""),
+        ("gf-fpn-s", "yolox-s", ""),
+        ("csf-net-n", "yolov8-n", "deep."),
+        ("yolov8-n-p2", "yolov8-n", ""),
+    ],
+)
+def test_relatives_take_backbone_and_the_neck_of_their_strides(name: str, given: str, prefix: str) -> None:
+    with torch.device("meta"):
+        known, theirs = (shapes(models.build(one, num_classes=3)) for one in (name, given))  # type: ignore[arg-type]
+    found = sources(known, theirs)
+    assert {one for one in theirs if one.startswith("backbone.")} <= set(found.values())
+    # The top-down path from the coarsest level down to stride 8 is common to all.
+    shared = {one for one in theirs if one.startswith("neck.top_down.")}
+    assert shared <= set(found.values())
+    for mine, source in found.items():
+        if mine.startswith("backbone."):
+            assert mine.replace(f"backbone.{prefix}", "backbone.", 1) == source
+
+
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_an_architecture_takes_all_of_its_own(name: str) -> None:
     with torch.device("meta"):

@@ -9,7 +9,17 @@ from safetensors.torch import save_file
 
 from training.checkpoint import file_sha256
 from training.spec import RunSpec
-from training.state import TrainingState, UnfitWeights, UnknownPart, build_state, set_training_mode, warm_start
+from training.state import (
+    BadFreeze,
+    TrainingState,
+    UnfitWeights,
+    build_state,
+    require_parts,
+    set_training_mode,
+    warm_start,
+)
+
+SOME = f"sha256:{'0' * 64}"
 
 
 def keep(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -63,7 +73,7 @@ def test_weights_of_nothing_in_common_and_other_bytes_are_refused(state: Trainin
 
 
 def test_frozen_parts_keep_weights_and_statistics_and_the_rest_learns(tiny_spec: Callable[..., RunSpec]) -> None:
-    spec = tiny_spec(freeze=("backbone", "neck.top_down"))
+    spec = tiny_spec(freeze=("backbone", "neck.top_down"), warm_start=SOME)
     state = build_state(spec, torch.device("cpu"))
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     set_training_mode(state.model, spec)
@@ -79,11 +89,23 @@ def test_frozen_parts_keep_weights_and_statistics_and_the_rest_learns(tiny_spec:
 
 @pytest.mark.parametrize(("name", "near"), [("backbon", "backbone"), ("", "backbone, neck, head"), ("xyz", "backbone")])
 def test_a_part_that_is_not_there_is_named(tiny_spec: Callable[..., RunSpec], name: str, near: str) -> None:
-    with pytest.raises(UnknownPart, match=rf"training.freeze: '{name}' is no part .* there is {near}"):
-        build_state(tiny_spec(freeze=(name,)), torch.device("cpu"))
+    with pytest.raises(BadFreeze, match=rf"training.freeze: '{name}' is no part .* there is {near}"):
+        build_state(tiny_spec(freeze=(name,), warm_start=SOME), torch.device("cpu"))
+
+
+def test_freezing_everything_is_refused(tiny_spec: Callable[..., RunSpec]) -> None:
+    require_parts(tiny_spec(freeze=("backbone", "neck"), warm_start=SOME))
+    with pytest.raises(BadFreeze, match="leaves nothing to train"):
+        require_parts(tiny_spec(freeze=("backbone", "neck", "head"), warm_start=SOME))
+
+
+def test_what_was_never_trained_is_not_frozen(tiny_spec: Callable[..., RunSpec]) -> None:
+    with pytest.raises(BadFreeze, match=r"needs weights to keep; set training\.warm_start"):
+        require_parts(tiny_spec(freeze=("backbone",)))
 
 
 def test_nothing_frozen_leaves_run_keys_as_they_were(tiny_spec: Callable[..., RunSpec]) -> None:
     spec = tiny_spec()
     assert "freeze" not in spec.model_dump_json()
-    assert tiny_spec(freeze=("head",)).run_key != spec.run_key
+    warm = tiny_spec(warm_start=SOME)
+    assert tiny_spec(freeze=("head",), warm_start=SOME).run_key != warm.run_key
