@@ -12,23 +12,28 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from models.interface import Targets
 
-REPEATS = 7
+REPEATS = 5
 
 
 def main() -> None:
     """Run all comparisons on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for name in ("yolox-nano", "yolox-tiny"):
-        step_in_bf16_against_fp32(name)
-    assignment_against_step("yolox-tiny")
+    step_in_bf16_against_fp32("yolox-nano", size_px=320)
+    step_in_bf16_against_fp32("yolox-s", size_px=640)
+    for name in ("yolox-tiny", "yolov8-n", "yolov8-n-p2"):
+        step_against_assignment(name)
+    for size in "ns":
+        probe_against_base(size)
+    step_against_matrix_products("yolox-s")
 
 
-def step_in_bf16_against_fp32(name: str, size_px: int = 320, batch: int = 8) -> None:
+def step_in_bf16_against_fp32(name: str, size_px: int, batch: int = 8) -> None:
     """A training step under bf16 autocast and channels_last against plain fp32."""
     plain, fast = _detector(name), _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
@@ -41,8 +46,8 @@ def step_in_bf16_against_fp32(name: str, size_px: int = 320, batch: int = 8) -> 
     )
 
 
-def assignment_against_step(name: str, size_px: int = 640, batch: int = 2, per_image: int = 200) -> None:
-    """SimOTA's share of a training step with many objects."""
+def step_against_assignment(name: str, size_px: int = 640, batch: int = 8, per_image: int = 200) -> None:
+    """What assignment is of a training step with many objects."""
     detector = _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -50,9 +55,48 @@ def assignment_against_step(name: str, size_px: int = 640, batch: int = 2, per_i
     with torch.autocast("cpu", torch.bfloat16):
         predictions = detector(images)
     compare(
-        f"{name} at {size_px} px, {per_image} objects per image: whole step against the criterion's forward",
+        f"{name} at {size_px} px, {per_image} objects per image: whole step against assignment",
         lambda: _step(detector, images, targets, bf16=True),
-        lambda: cast(Any, detector).criterion(predictions, targets),
+        lambda: cast(Any, detector).assigner(predictions, targets),
+    )
+
+
+def probe_against_base(size: str, size_px: int = 640) -> None:
+    """Inference with foreground refinement against the detector underneath."""
+    probe = _detector(f"foreground-probe-{size}").eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    base = cast(Any, probe).base
+    images = torch.randint(0, 256, (1, 3, size_px, size_px), dtype=torch.uint8)
+
+    def infer(detector: nn.Module) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            detector(images)
+
+    compare(
+        f"foreground-probe-{size} at {size_px} px, one image: with refinement against without",
+        lambda: infer(probe),
+        lambda: infer(base),
+    )
+
+
+def step_against_matrix_products(name: str, size_px: int = 640, batch: int = 8, per_image: int = 70) -> None:
+    """A training step in fp32 against matrix products of as many operations: the share of peak is the inverse."""
+    detector = _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
+    targets = _targets(batch, per_image=per_image, size_px=size_px)
+    with FlopCounterMode(display=False) as counter:
+        _step(detector, images, targets, bf16=False)
+    side = 2048
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    num_products = round(counter.get_total_flops() / (2 * side**3))
+
+    def multiply() -> None:
+        for _ in range(num_products):
+            torch.mm(a, b)
+
+    compare(
+        f"{name} step at {size_px} px, batch {batch}, fp32, against {num_products} products of {side} x {side}",
+        lambda: _step(detector, images, targets, bf16=False),
+        multiply,
     )
 
 
