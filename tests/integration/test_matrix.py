@@ -183,7 +183,8 @@ def test_ctrl_c_stops_all_jobs_and_the_next_run_goes_on(matrix: Matrix) -> None:
     wait_until(lambda: not plan.reading, 10, "the end of the output")
     cells = json.loads(plan.output)["cells"]
     assert [cell["state"] for cell in cells] == ["resume", "resume"]
-    assert all(0 < int(cell["why"].split()[3]) <= done for cell in cells), cells
+    # A job that is stopped between a checkpoint and its journal object has one epoch more than the journal says.
+    assert all(0 < int(cell["why"].split()[3]) <= done + 1 for cell in cells), cells
 
 
 def test_changed_code_makes_cells_stale_and_retrains_them_when_asked(matrix: Matrix) -> None:
