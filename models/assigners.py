@@ -5,13 +5,14 @@ Shapes: B images, A anchor points, N candidates among them, G ground truths, C c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .boxes import aligned_iou, pairwise_iou, points_in_boxes
+from .boxes import aligned_iou
 from .heads import AnchorPredictions, DistributionPredictions
 from .interface import Targets
 
@@ -51,7 +52,6 @@ class SimOTA:
     def __call__(self, predictions: AnchorPredictions, targets: Targets) -> Assignment:
         """Assign a batch, in the precision of the predictions: call it with autocast off."""
         boxes_xyxy_px = predictions.decoded_boxes_xyxy_px()
-        anchors_xy_px = predictions.anchors_xy_px
         none = targets.image_index.new_zeros(0)
         images, anchors, objects = [none], [none], [none]
         start = 0
@@ -61,7 +61,7 @@ class SimOTA:
                     boxes_xyxy_px[image],
                     predictions.objectness_logits[image],
                     predictions.class_logits[image],
-                    anchors_xy_px,
+                    predictions.grid_xy,
                     predictions.strides,
                     targets.boxes_xyxy_px[start : start + count].to(boxes_xyxy_px.dtype),
                     targets.labels[start : start + count],
@@ -77,35 +77,41 @@ class SimOTA:
         boxes_xyxy_px: Tensor,
         objectness_logits: Tensor,
         class_logits: Tensor,
-        anchors_xy_px: Tensor,
+        grid_xy: Tensor,
         strides: Tensor,
         object_boxes_xyxy_px: Tensor,
         object_labels: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Match one image; return anchor_index and object_index, each (P,). Only candidates are scored."""
-        candidate_mask, preferred = self._geometry(anchors_xy_px, strides, object_boxes_xyxy_px)
-        candidates = candidate_mask.nonzero().squeeze(1)
+        candidates, preferred = self._geometry(grid_xy, strides, object_boxes_xyxy_px)
         if len(candidates) == 0:
             return candidates, candidates
-        iou = pairwise_iou(object_boxes_xyxy_px, boxes_xyxy_px[candidates])
+        iou = sparse_iou(object_boxes_xyxy_px, boxes_xyxy_px[candidates])
         cost = class_cost(objectness_logits[candidates], class_logits[candidates], object_labels)
         cost -= IOU_COST_WEIGHT * (iou + 1e-8).log()
-        cost += OUTSIDE_PENALTY[self.candidate_mode] * ~preferred[:, candidates]
+        cost += OUTSIDE_PENALTY[self.candidate_mode] * ~preferred
         owner = match_dynamic_k(cost, iou)
         positive = (owner >= 0).nonzero().squeeze(1)
         return candidates[positive], owner[positive]
 
-    def _geometry(self, anchors_xy_px: Tensor, strides: Tensor, object_boxes_xyxy_px: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which anchors are candidates (A,) and which are preferred by which object (G, A)."""
-        object_centers = (object_boxes_xyxy_px[:, :2] + object_boxes_xyxy_px[:, 2:]) / 2
-        # An anchor is near a centre when the centre is near the anchor; asked this way, no (G, A) floats arise.
-        reach_px = self.center_radius * strides.unsqueeze(1)
-        squares_xyxy_px = torch.cat((anchors_xy_px - reach_px, anchors_xy_px + reach_px), dim=1)
-        near_center = points_in_boxes(object_centers, squares_xyxy_px).t()
-        if self.candidate_mode == "center":
-            return near_center.any(0), near_center
-        in_box = points_in_boxes(anchors_xy_px, object_boxes_xyxy_px)
-        return (in_box | near_center).any(0), in_box & near_center
+    def _geometry(self, grid_xy: Tensor, strides: Tensor, object_boxes_xyxy_px: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the candidates int64 (N,), ascending, and which of them are preferred by which object (G, N)."""
+        center, half_px = center_and_half(object_boxes_xyxy_px)
+
+        def reach(stride: Tensor) -> Tensor:
+            return (self.center_radius * stride).expand_as(half_px)
+
+        objects, anchors = pairs_around(center, reach, grid_xy, strides, strict=True)
+        everything = anchors
+        if self.candidate_mode == "box_or_center":
+            in_box = pairs_around(center, lambda _: half_px, grid_xy, strides, strict=True)
+            everything = torch.cat((anchors, in_box[1]))
+            both = torch.isin(objects * len(strides) + anchors, in_box[0] * len(strides) + in_box[1])
+            objects, anchors = objects[both], anchors[both]
+        candidates = everything.unique()
+        preferred = torch.zeros(len(center), len(candidates), dtype=torch.bool, device=center.device)
+        preferred[objects, torch.searchsorted(candidates, anchors)] = True
+        return candidates, preferred
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,11 @@ class TaskAligned:
         """
         boxes_xyxy_px = predictions.decoded_boxes_xyxy_px()
         object_boxes_xyxy_px = targets.boxes_xyxy_px.to(boxes_xyxy_px.dtype)
-        objects, anchors = pairs_inside(object_boxes_xyxy_px, predictions.grid_xy, predictions.strides)
+        center, half_px = center_and_half(object_boxes_xyxy_px)
+        half_px = half_px.clamp(min=predictions.strides[0] / 2)
+        objects, anchors = pairs_around(
+            center, lambda _: half_px, predictions.grid_xy, predictions.strides, strict=False
+        )
         images = targets.image_index[objects]
         iou = aligned_iou(object_boxes_xyxy_px[objects], boxes_xyxy_px[images, anchors])
         probability = predictions.class_logits[images, anchors, targets.labels[objects]].sigmoid()
@@ -152,30 +162,51 @@ class TaskAligned:
         return Assignment(images[owned_pairs], anchors[owned_pairs], objects), scores
 
 
-def pairs_inside(object_boxes_xyxy_px: Tensor, grid_xy: Tensor, strides: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the pairs (object, anchor point) with the point in the object's box: int64 (N,) each, of one image size.
+def center_and_half(boxes_xyxy_px: Tensor) -> tuple[Tensor, Tensor]:
+    """Return centres and half extents, (N, 2) in pixels each, of boxes (N, 4)."""
+    top_left, bottom_right = boxes_xyxy_px.split(2, dim=1)
+    return (top_left + bottom_right) / 2, (bottom_right - top_left) / 2
 
-    Boxes (G, 4), at least a finest stride wide and high when looked into; `grid_xy` (A, 2), `strides` (A,) of levels
-    one after the other, each row by row. The anchors of an object ascend, and so do the objects of an anchor.
+
+def pairs_around(
+    center_xy_px: Tensor, half_px: Callable[[Tensor], Tensor], grid_xy: Tensor, strides: Tensor, *, strict: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the pairs (object, anchor point) with the point no further from the centre than the half extent, per axis.
+
+    Int64 (N,) each. `center_xy_px` (G, 2); `half_px` gives the half extents (G, 2) for the stride of a level; `strict`
+    leaves out what lies on the edge. `grid_xy` (A, 2), `strides` (A,) of levels one after the other, each row by row.
+    The anchors of an object ascend, and so do the objects of an anchor. The pairs are counted out, not searched for:
+    no (G, A) matrix arises.
     """
-    center = (object_boxes_xyxy_px[:, :2] + object_boxes_xyxy_px[:, 2:]) / 2
-    half_px = ((object_boxes_xyxy_px[:, 2:] - object_boxes_xyxy_px[:, :2]) / 2).clamp(min=strides[0] / 2)
     level_strides, counts = strides.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0)
     objects, anchors = [], []
     for stride, first, last_xy in zip(level_strides, ends - counts, grid_xy[ends - 1], strict=True):
+        half = half_px(stride)
         # Anchor points stand in the middle of their cells.
-        low = ((center - half_px) / stride - 0.5).ceil().clamp(min=0)
-        high = torch.minimum(((center + half_px) / stride - 0.5).floor(), last_xy)
+        low, high = (center_xy_px - half) / stride - 0.5, (center_xy_px + half) / stride - 0.5
+        low, high = (low.floor() + 1, high.ceil() - 1) if strict else (low.ceil(), high.floor())
+        low, high = low.clamp(min=0), torch.minimum(high, last_xy)
         extent = (high - low + 1).clamp(min=0).long()
         per_object = extent.prod(1)
-        mine = torch.arange(len(center), device=center.device).repeat_interleave(per_object)
-        within = torch.arange(len(mine), device=center.device) - (per_object.cumsum(0) - per_object)[mine]
+        mine = torch.arange(len(center_xy_px), device=strides.device).repeat_interleave(per_object)
+        within = torch.arange(len(mine), device=strides.device) - (per_object.cumsum(0) - per_object)[mine]
         row, column = within // extent[mine, 0], within % extent[mine, 0]
         corner = low.long()[mine]
         anchors.append(first + (corner[:, 1] + row) * (last_xy[0].long() + 1) + corner[:, 0] + column)
         objects.append(mine)
     return torch.cat(objects), torch.cat(anchors)
+
+
+def sparse_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Return intersection over union (N, M) of boxes (N, 4) with boxes (M, 4), computed for those that meet alone."""
+    ax1, ay1, ax2, ay2 = boxes_a.unsqueeze(1).unbind(2)
+    bx1, by1, bx2, by2 = boxes_b.unbind(1)
+    meet = (ax1 < bx2) & (bx1 < ax2) & (ay1 < by2) & (by1 < ay2)
+    rows, columns = meet.nonzero().unbind(1)
+    iou = boxes_a.new_zeros(meet.shape)
+    iou[rows, columns] = aligned_iou(boxes_a[rows], boxes_b[columns])
+    return iou
 
 
 def rank_in_group(keys: Tensor, groups: Tensor) -> Tensor:

@@ -108,5 +108,5 @@ def test_eight_images_of_tiny_objects_are_learned_by_heart(name: str) -> None:
                     reached, coco_ap(targets, detector.eval().postprocess(detector(images), PostprocessConfig()))
                 )
             if reached > 0.9:
-                return
-    raise AssertionError(f"coco/AP {reached:.3f} after {MAX_STEPS} steps")
+                break
+    assert reached > 0.9
