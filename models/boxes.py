@@ -31,6 +31,11 @@ def anchor_grid(
     return torch.cat(grids), torch.cat(per_anchor)
 
 
+def anchor_centers(grid_xy: Tensor, strides: Tensor) -> Tensor:
+    """Return the centres of anchor points (A, 2) in pixels."""
+    return (grid_xy + 0.5) * strides.unsqueeze(1)
+
+
 def decode_boxes(boxes_raw: Tensor, grid_xy: Tensor, strides: Tensor) -> Tensor:
     """Return boxes_xyxy_px (..., 4) from raw (tx, ty, tw, th): centre (t + grid) * stride, size exp(t) * stride."""
     stride = strides.unsqueeze(-1)

@@ -85,8 +85,9 @@ class DualBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) to four maps, finest first."""
-        details = run_stages(self.shallow_stages, self.shallow_stem(as_input(images, self.shallow_stem)))
-        deep = self.deep.stem(as_input(images, self.deep.stem))
+        images = as_input(images, self.shallow_stem)
+        details = run_stages(self.shallow_stages, self.shallow_stem(images))
+        deep = self.deep.stem(images)
         features = []
         for stage, fusion, detail in zip(self.deep.stages, self.fusions, details, strict=False):
             deep = fusion(stage(deep), detail)

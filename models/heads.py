@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ConvBlock, spatial_conv, without_autocast
-from .boxes import anchor_grid, decode_boxes, distances_to_boxes
+from .boxes import anchor_centers, anchor_grid, decode_boxes, distances_to_boxes
 
 # Logit of the foreground probability, 0.01, at which every score starts.
 PRIOR_LOGIT = math.log(0.01 / 0.99)
@@ -36,7 +36,7 @@ class AnchorPredictions:
     @property
     def anchors_xy_px(self) -> Tensor:
         """Centres of the anchor points (A, 2)."""
-        return (self.grid_xy + 0.5) * self.strides.unsqueeze(1)
+        return anchor_centers(self.grid_xy, self.strides)
 
     def decoded_boxes_xyxy_px(self) -> Tensor:
         """Return the decoded boxes (B, A, 4)."""
@@ -59,7 +59,7 @@ class DistributionPredictions:
     @property
     def anchors_xy_px(self) -> Tensor:
         """Centres of the anchor points (A, 2)."""
-        return (self.grid_xy + 0.5) * self.strides.unsqueeze(1)
+        return anchor_centers(self.grid_xy, self.strides)
 
     def decoded_boxes_xyxy_px(self) -> Tensor:
         """Return the decoded boxes (B, A, 4): each side at the mean of its distribution."""

@@ -24,7 +24,7 @@ from .losses import anchor_labels, assignment_metrics, complete_iou_loss
 from .necks import C2fPAFPN
 from .postprocess import select_detections
 from .settings import InvalidSetting
-from .yolox import STRIDES, STRIDES_P2, check_multipliers
+from .yolox import STRIDES, STRIDES_P2, check_multipliers, check_strides
 
 BOX_WEIGHT = 7.5
 CLASS_WEIGHT = 0.5
@@ -59,11 +59,7 @@ class Yolov8Config:
         check_multipliers(self.depth, self.width)
         if self.max_channels < 1:
             raise InvalidSetting(f"max_channels={self.max_channels!r} must be at least 1. Give a positive integer.")
-        if self.strides not in (STRIDES, STRIDES_P2):
-            raise InvalidSetting(
-                f"strides={self.strides!r} must double from 4 or 8 up to 32. "
-                f"Give {list(STRIDES_P2)} or {list(STRIDES)}."
-            )
+        check_strides(self.strides)
 
     @property
     def widths(self) -> tuple[int, ...]:

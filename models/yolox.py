@@ -49,11 +49,7 @@ class YoloxConfig:
     def __post_init__(self) -> None:
         check_multipliers(self.depth, self.width)
         check_positive("center_radius", self.center_radius)
-        if self.strides not in (STRIDES, STRIDES_P2):
-            raise InvalidSetting(
-                f"strides={self.strides!r} must double from 4 or 8 up to 32. "
-                f"Give {list(STRIDES_P2)} or {list(STRIDES)}."
-            )
+        check_strides(self.strides)
 
 
 def check_multipliers(depth: float, width: float, narrowest: int = 64) -> None:
@@ -63,6 +59,14 @@ def check_multipliers(depth: float, width: float, narrowest: int = 64) -> None:
     if width < 1 / narrowest:
         raise InvalidSetting(
             f"width={width!r} must be at least 1/{narrowest}, or no channel is left. Give a larger one."
+        )
+
+
+def check_strides(strides: tuple[int, ...]) -> None:
+    """Raise InvalidSetting unless the strides run from 4 or 8 to 32."""
+    if strides not in (STRIDES, STRIDES_P2):
+        raise InvalidSetting(
+            f"strides={strides!r} must double from 4 or 8 up to 32. Give {list(STRIDES_P2)} or {list(STRIDES)}."
         )
 
 
