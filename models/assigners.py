@@ -52,66 +52,50 @@ class SimOTA:
     def __call__(self, predictions: AnchorPredictions, targets: Targets) -> Assignment:
         """Assign a batch, in the precision of the predictions: call it with autocast off."""
         boxes_xyxy_px = predictions.decoded_boxes_xyxy_px()
-        none = targets.image_index.new_zeros(0)
-        images, anchors, objects = [none], [none], [none]
-        start = 0
-        for image, count in enumerate(torch.bincount(targets.image_index, minlength=len(boxes_xyxy_px)).tolist()):
-            if count:
-                anchor_index, object_index = self._match(
-                    boxes_xyxy_px[image],
-                    predictions.objectness_logits[image],
-                    predictions.class_logits[image],
-                    predictions.grid_xy,
-                    predictions.strides,
-                    targets.boxes_xyxy_px[start : start + count].to(boxes_xyxy_px.dtype),
-                    targets.labels[start : start + count],
-                )
-                images.append(torch.full_like(anchor_index, image))
-                anchors.append(anchor_index)
-                objects.append(object_index + start)
-            start += count
-        return Assignment(torch.cat(images), torch.cat(anchors), torch.cat(objects))
+        object_boxes_xyxy_px = targets.boxes_xyxy_px.to(boxes_xyxy_px.dtype)
+        objects, places, candidates = self._geometry(predictions, targets.image_index, object_boxes_xyxy_px)
+        columns = torch.searchsorted(candidates, places)
+        num_images, num_anchors = boxes_xyxy_px.shape[:2]
+        images = candidates // num_anchors
+        candidate_boxes_xyxy_px = boxes_xyxy_px.flatten(0, 1)[candidates]
+        entropy = class_cost(
+            predictions.objectness_logits.flatten()[candidates], predictions.class_logits.flatten(0, 1)[candidates]
+        )
+        preferred = objects * len(candidates) + columns
 
-    def _match(
-        self,
-        boxes_xyxy_px: Tensor,
-        objectness_logits: Tensor,
-        class_logits: Tensor,
-        grid_xy: Tensor,
-        strides: Tensor,
-        object_boxes_xyxy_px: Tensor,
-        object_labels: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Match one image; return anchor_index and object_index, each (P,). Only candidates are scored."""
-        candidates, preferred = self._geometry(grid_xy, strides, object_boxes_xyxy_px)
-        if len(candidates) == 0:
-            return candidates, candidates
-        iou = sparse_iou(object_boxes_xyxy_px, boxes_xyxy_px[candidates])
-        cost = class_cost(objectness_logits[candidates], class_logits[candidates], object_labels)
-        cost -= IOU_COST_WEIGHT * (iou + 1e-8).log()
-        cost += OUTSIDE_PENALTY[self.candidate_mode] * ~preferred
-        owner = match_dynamic_k(cost, iou)
+        def cost(objects: Tensor, columns: Tensor) -> Tensor:
+            iou = aligned_iou(object_boxes_xyxy_px[objects], candidate_boxes_xyxy_px[columns])
+            outside = ~torch.isin(objects * len(candidates) + columns, preferred)
+            shape = -IOU_COST_WEIGHT * (iou + 1e-8).log()
+            return entropy[columns, targets.labels[objects]] + shape + OUTSIDE_PENALTY[self.candidate_mode] * outside
+
+        k = dynamic_k(object_boxes_xyxy_px, targets.image_index, candidate_boxes_xyxy_px, images, num_images)
+        owner = match_cheapest(cost, k, objects, columns, targets.image_index, images, num_images)
         positive = (owner >= 0).nonzero().squeeze(1)
-        return candidates[positive], owner[positive]
+        return Assignment(images[positive], candidates[positive] % num_anchors, owner[positive])
 
-    def _geometry(self, grid_xy: Tensor, strides: Tensor, object_boxes_xyxy_px: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the candidates int64 (N,), ascending, and which of them are preferred by which object (G, N)."""
+    def _geometry(
+        self, predictions: AnchorPredictions, image_index: Tensor, object_boxes_xyxy_px: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the preferred pairs of an object and a place, int64 (N,) each, and all candidates, int64 (N,).
+
+        A place is image times A plus anchor; the candidates are the places, ascending, that any object may take.
+        """
+        grid_xy, strides = predictions.grid_xy, predictions.strides
         center, half_px = center_and_half(object_boxes_xyxy_px)
+        first_place = image_index * len(strides)
 
         def reach(stride: Tensor) -> Tensor:
             return (self.center_radius * stride).expand_as(half_px)
 
         objects, anchors = pairs_around(center, reach, grid_xy, strides, strict=True)
-        everything = anchors
+        everything = places = first_place[objects] + anchors
         if self.candidate_mode == "box_or_center":
-            in_box = pairs_around(center, lambda _: half_px, grid_xy, strides, strict=True)
-            everything = torch.cat((anchors, in_box[1]))
-            both = torch.isin(objects * len(strides) + anchors, in_box[0] * len(strides) + in_box[1])
-            objects, anchors = objects[both], anchors[both]
-        candidates = everything.unique()
-        preferred = torch.zeros(len(center), len(candidates), dtype=torch.bool, device=center.device)
-        preferred[objects, torch.searchsorted(candidates, anchors)] = True
-        return candidates, preferred
+            in_box, box_anchors = pairs_around(center, lambda _: half_px, grid_xy, strides, strict=True)
+            everything = torch.cat((places, first_place[in_box] + box_anchors))
+            both = torch.isin(objects * len(strides) + anchors, in_box * len(strides) + box_anchors)
+            objects, places = objects[both], places[both]
+        return objects, places, everything.unique()
 
 
 @dataclass(frozen=True)
@@ -198,15 +182,73 @@ def pairs_around(
     return torch.cat(objects), torch.cat(anchors)
 
 
-def sparse_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Return intersection over union (N, M) of boxes (N, 4) with boxes (M, 4), computed for those that meet alone."""
-    ax1, ay1, ax2, ay2 = boxes_a.unsqueeze(1).unbind(2)
-    bx1, by1, bx2, by2 = boxes_b.unbind(1)
-    meet = (ax1 < bx2) & (bx1 < ax2) & (ay1 < by2) & (by1 < ay2)
-    rows, columns = meet.nonzero().unbind(1)
-    iou = boxes_a.new_zeros(meet.shape)
-    iou[rows, columns] = aligned_iou(boxes_a[rows], boxes_b[columns])
-    return iou
+def pairs_within_images(image_a: Tensor, image_b: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """Return all pairs of equal image, int64 (N,) each, of two lists whose images ascend; ordered by the first."""
+    counts = torch.bincount(image_b, minlength=num_images)
+    starts = counts.cumsum(0) - counts
+    per_a = counts[image_a]
+    first = torch.arange(len(image_a), device=image_a.device).repeat_interleave(per_a)
+    within = torch.arange(len(first), device=image_a.device) - (per_a.cumsum(0) - per_a)[first]
+    return first, starts[image_a[first]] + within
+
+
+def dynamic_k(
+    boxes: Tensor, box_images: Tensor, candidates: Tensor, candidate_images: Tensor, num_images: int
+) -> Tensor:
+    """Return how many candidates each object takes, int64 (G,): the sum of its ten best IoUs cut to an integer, or 1.
+
+    `boxes` (G, 4) and `candidates` (N, 4) come with their images, which ascend. IoU is computed where boxes meet alone.
+    """
+    best = boxes.new_zeros(len(boxes), MAX_POSITIVES_PER_OBJECT)
+    per_image = [torch.bincount(images, minlength=num_images).tolist() for images in (box_images, candidate_images)]
+    objects, columns = [box_images.new_zeros(0)], [box_images.new_zeros(0)]
+    start = candidate_start = 0
+    for count, candidate_count in zip(*per_image, strict=True):
+        ax1, ay1, ax2, ay2 = boxes[start : start + count].unsqueeze(1).unbind(2)
+        bx1, by1, bx2, by2 = candidates[candidate_start : candidate_start + candidate_count].t().contiguous()
+        meeting = ((ax1 < bx2) & (bx1 < ax2) & (ay1 < by2) & (by1 < ay2)).nonzero()
+        objects.append(meeting[:, 0] + start)
+        columns.append(meeting[:, 1] + candidate_start)
+        start, candidate_start = start + count, candidate_start + candidate_count
+    index = torch.cat(objects)
+    iou = aligned_iou(boxes[index], candidates[torch.cat(columns)])
+    rank = rank_in_group(-iou, index)
+    among_best = rank < MAX_POSITIVES_PER_OBJECT
+    best[index[among_best], rank[among_best]] = iou[among_best]
+    return best.sum(1).long().clamp(min=1)
+
+
+def match_cheapest(
+    cost: Callable[[Tensor, Tensor], Tensor],
+    k: Tensor,
+    objects: Tensor,
+    columns: Tensor,
+    object_images: Tensor,
+    candidate_images: Tensor,
+    num_images: int,
+) -> Tensor:
+    """Return the object that wins each candidate, or -1: int64 (N,).
+
+    Each object takes its `k` (G,) cheapest candidates. A candidate taken by several goes to the object of its image for
+    which it is cheapest, be it one that did not take it. `cost(objects, columns)` prices pairs. `objects` and `columns`
+    are those to look at first: each costs its object less than any other pair, so that the others matter only
+    to an object with fewer than k of them.
+    """
+    short = torch.bincount(objects, minlength=len(k)) < k
+    in_need = short.nonzero().squeeze(1)
+    rows, row_columns = pairs_within_images(object_images[in_need], candidate_images, num_images)
+    enough = ~short[objects]
+    objects, columns = torch.cat((objects[enough], in_need[rows])), torch.cat((columns[enough], row_columns))
+    taken = rank_in_group(cost(objects, columns), objects) < k[objects]
+    objects, columns = objects[taken], columns[taken]
+
+    owner = torch.full_like(candidate_images, -1)
+    owner[columns] = objects
+    contested = (torch.bincount(columns, minlength=len(owner)) > 1).nonzero().squeeze(1)
+    rivals, where = pairs_within_images(object_images, candidate_images[contested], num_images)
+    cheapest = rank_in_group(cost(rivals, contested[where]), where) == 0
+    owner[contested[where[cheapest]]] = rivals[cheapest]
+    return owner
 
 
 def rank_in_group(keys: Tensor, groups: Tensor) -> Tensor:
@@ -225,39 +267,13 @@ def _largest_per_object(values: Tensor, object_index: Tensor, num_objects: int) 
     return largest[object_index]
 
 
-def class_cost(objectness_logits: Tensor, class_logits: Tensor, object_labels: Tensor) -> Tensor:
-    """Return the cross entropy (G, N) of p = sqrt(p_class p_objectness) with each object's one-hot label.
+def class_cost(objectness_logits: Tensor, class_logits: Tensor) -> Tensor:
+    """Return the cross entropy (N, C) of p = sqrt(p_class p_objectness) with the one-hot label of each class.
 
     The sum over classes is BCE(p, onehot(g)) = sum_c -log(1 - p_c) + log(1 - p_g) - log p_g: one sum per
-    candidate and one look-up per pair, instead of C terms per pair. Logarithms stop at -100.
+    candidate and one term per class, instead of C terms per pair. Logarithms stop at -100.
     """
     p = (class_logits.sigmoid() * objectness_logits.sigmoid().unsqueeze(1)).sqrt()
     log_no = torch.log1p(-p).clamp(min=-100)
     log_yes = p.log().clamp(min=-100)
-    return (log_no - log_yes).t()[object_labels] - log_no.sum(1)
-
-
-def match_dynamic_k(cost: Tensor, iou: Tensor) -> Tensor:
-    """Return the object that wins each candidate, or -1: int64 (N,), from `cost` and `iou` (G, N).
-
-    Each object takes its k cheapest candidates, k being the sum of its ten best IoUs cut to an integer, at
-    least 1. A candidate taken by several objects goes to the one for which it is cheapest.
-    """
-    num_candidates = cost.shape[1]
-    most = min(MAX_POSITIVES_PER_OBJECT, num_candidates)
-    k = iou.topk(most, dim=1).values.sum(1).long().clamp(1, most).unsqueeze(1)
-
-    # One more than needed shows whether the k-th and the next are equal; top-k breaks such ties at will.
-    values, taken = cost.topk(min(most + 1, num_candidates), dim=1, largest=False)
-    following = k.clamp(max=values.shape[1] - 1)
-    tied = ((values.gather(1, k - 1) == values.gather(1, following)) & (following == k)).squeeze(1)
-    if tied.any():
-        taken[tied] = cost[tied].argsort(dim=1, stable=True)[:, : taken.shape[1]]
-
-    objects, slots = (torch.arange(taken.shape[1], device=k.device) < k).nonzero().unbind(1)
-    candidates = taken[objects, slots]
-    owner = torch.full((num_candidates,), -1, device=cost.device)
-    owner[candidates] = objects
-    contested = (torch.bincount(candidates, minlength=num_candidates) > 1).nonzero().squeeze(1)
-    owner[contested] = cost[:, contested].argmin(dim=0)
-    return owner
+    return log_no - log_yes - log_no.sum(1, keepdim=True)

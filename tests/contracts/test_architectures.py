@@ -6,7 +6,6 @@ The behaviour is checked on the small sizes of each family; construction and cou
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import shutil
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import SMALLEST
+from families import SMALLEST, tensors
 from torch import nn
 
 import models
@@ -52,17 +51,6 @@ def built(name: str) -> nn.Module:
 
 def total(losses: Losses) -> torch.Tensor:
     return torch.stack([value / losses.counts[name].clamp(min=1) for name, value in losses.sums.items()]).sum()
-
-
-def tensors(predictions: object) -> dict[str, torch.Tensor]:
-    """All raw predictions that are numbers, not indices, also those of predictions within predictions."""
-    found: dict[str, torch.Tensor] = {}
-    for name, value in vars(predictions).items():
-        if dataclasses.is_dataclass(value):
-            found |= {f"{name}.{inner}": tensor for inner, tensor in tensors(value).items()}
-        elif value.is_floating_point():
-            found[name] = value
-    return found
 
 
 @pytest.fixture(scope="module", params=SMALLEST)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from families import tensors
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import models
 
@@ -23,13 +22,7 @@ class Raw(nn.Module):
         self.detector = detector
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(flat(self.detector(images)))
-
-
-def flat(value: Any) -> list[torch.Tensor]:
-    if dataclasses.is_dataclass(value):
-        return [tensor for field in dataclasses.fields(value) for tensor in flat(getattr(value, field.name))]
-    return tree_leaves(value)
+        return tuple(tensors(self.detector(images)).values())
 
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)

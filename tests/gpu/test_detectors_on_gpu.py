@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import SMALLEST, tensors
 
 import models
 from models.interface import PostprocessConfig, Targets
@@ -23,27 +24,31 @@ def targets(device: str) -> Targets:
     return Targets(boxes, torch.tensor([0, 1, 2], device=device), index, torch.zeros(0, 4, device=device), none)
 
 
-def test_predictions_and_losses_agree_with_the_cpu() -> None:
+def built(name: str) -> Any:
     torch.manual_seed(0)
+    return models.build(name, num_classes=3, **SMALLEST[name])
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_predictions_and_losses_agree_with_the_cpu(name: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    detector: Any = models.build("yolox-nano", num_classes=3)
-    detector.eval()
+    detector = built(name).eval()
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     on_cpu = detector(images)
     losses_on_cpu = detector.criterion(on_cpu, targets("cpu"))
     detector.cuda()
     on_gpu = detector(images.cuda())
-    torch.testing.assert_close(on_gpu.boxes_raw.cpu(), on_cpu.boxes_raw, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(on_gpu.class_logits.cpu(), on_cpu.class_logits, rtol=1e-3, atol=1e-3)
+    for key, value in tensors(on_cpu).items():
+        torch.testing.assert_close(tensors(on_gpu)[key].cpu(), value, rtol=1e-3, atol=1e-3)
     losses_on_gpu = detector.criterion(on_gpu, targets("cuda"))
     for term, value in losses_on_cpu.sums.items():
         torch.testing.assert_close(losses_on_gpu.sums[term].cpu(), value, rtol=1e-3, atol=1e-3)
 
 
-def test_a_bf16_step_reaches_every_parameter() -> None:
-    torch.manual_seed(0)
-    detector: Any = models.build("yolox-nano", num_classes=3)
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_bf16_step_reaches_every_parameter(name: str) -> None:
+    detector = built(name)
     detector.cuda().to(memory_format=torch.channels_last)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):

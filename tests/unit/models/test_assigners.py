@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.assigners import SimOTA, class_cost, match_dynamic_k
+from models.assigners import SimOTA, class_cost, dynamic_k, match_cheapest
 from models.boxes import anchor_grid
 from models.heads import AnchorPredictions
 from models.interface import Targets
@@ -144,9 +144,25 @@ def test_ties_go_to_the_first_candidate_and_the_first_object(seed: int) -> None:
     num_objects, num_candidates = int(rng.integers(1, 9)), int(rng.integers(1, 40))
     cost = rng.integers(0, 4, (num_objects, num_candidates)).astype(np.float32)
     iou = rng.integers(0, 5, (num_objects, num_candidates)).astype(np.float32) / 4
-    owner = match_dynamic_k(torch.from_numpy(cost), torch.from_numpy(iou)).tolist()
     expected = reference_dynamic_k(cost, iou)
-    assert owner == [expected.get(candidate, -1) for candidate in range(num_candidates)]
+    k = torch.from_numpy(np.sort(iou, axis=1)[:, -10:].sum(axis=1)).long().clamp(min=1)
+    price = torch.from_numpy(cost)
+    # Of some objects all pairs are worth a look first, of others few or none.
+    objects, columns = (price < seed % 5).nonzero().unbind(1)
+    one_image = [torch.zeros(count, dtype=torch.int64) for count in (num_objects, num_candidates)]
+    owner = match_cheapest(lambda rows, where: price[rows, where], k, objects, columns, *one_image, num_images=1)
+    assert owner.tolist() == [expected.get(candidate, -1) for candidate in range(num_candidates)]
+
+
+def test_dynamic_k_sums_the_ten_best_overlaps_within_the_image() -> None:
+    ten_by_ten, far = torch.tensor([0.0, 0.0, 10.0, 10.0]), torch.tensor([90.0, 90.0, 99.0, 99.0])
+    halves = ten_by_ten * torch.tensor([1.0, 1.0, 1.0, 0.5])
+    boxes = torch.stack([ten_by_ten, far, ten_by_ten])
+    # The first image has 12 boxes of IoU 1/2 and one that only touches, the second three equal ones and a half.
+    candidates = torch.cat([halves.repeat(12, 1), ten_by_ten[None] + 10, ten_by_ten.repeat(3, 1), halves[None]])
+    images = torch.tensor([0] * 13 + [1] * 4)
+    k = dynamic_k(boxes, torch.tensor([0, 0, 1]), candidates, images, num_images=2)
+    assert k.tolist() == [5, 1, 3]
 
 
 def test_without_objects_everything_is_background() -> None:
@@ -180,7 +196,8 @@ def test_class_cost_is_binary_cross_entropy_with_the_one_hot_label() -> None:
     expected = [
         F.binary_cross_entropy(p, F.one_hot(label, 5).float().expand(7, 5), reduction="none").sum(1) for label in labels
     ]
-    torch.testing.assert_close(class_cost(objectness, logits, labels), torch.stack(expected), rtol=1e-5, atol=1e-4)
+    got = class_cost(objectness, logits)[:, labels].t()
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-4)
 
 
 def test_an_object_without_any_candidate_is_left_out_quietly() -> None:

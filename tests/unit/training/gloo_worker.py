@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from models.interface import Losses
+import models
+from models.interface import Losses, Targets
 from models.yolox import Yolox
 from training.loop import Hooks, train
 from training.scoring import score_split
@@ -31,7 +33,41 @@ def run_all(folder: Path, workers: Workers) -> dict[str, Any]:
     return {
         "first_step": first_step(specs["first_step"], datasets["same_pixels"], workers),
         "scored": scored(specs["scored"], datasets["tiny"], workers),
-        "trained": trained(specs["trained"], datasets["tiny"], workers) if workers.world_size > 1 else None,
+        **(together(specs["trained"], datasets["tiny"], job["families"], workers) if workers.world_size > 1 else {}),
+    }
+
+
+def together(spec: RunSpec, dataset: Path, families: dict[str, dict[str, Any]], workers: Workers) -> dict[str, Any]:
+    """What needs two."""
+    return {
+        "trained": trained(spec, dataset, workers),
+        "empty": {
+            name: step_without_objects_on_the_last_rank(name, settings, workers) for name, settings in families.items()
+        },
+    }
+
+
+def step_without_objects_on_the_last_rank(
+    name: str, settings: dict[str, Any], workers: Workers
+) -> dict[str, tuple[bool, float, float]]:
+    """For every parameter: whether its gradient is finite, its sum and the sum of its absolute values."""
+    torch.manual_seed(0)
+    detector: Any = models.build(name, num_classes=3, **settings)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    boxes = torch.tensor([[4.0, 4.0, 9.0, 10.0], [20.0, 8.0, 36.0, 22.0], [30.0, 30.0, 60.0, 62.0]])
+    count = 0 if workers.rank == 1 else len(boxes)
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = Targets(
+        boxes[:count], torch.arange(3)[:count], torch.zeros(count, dtype=torch.int64), torch.zeros(0, 4), none
+    )
+    parallel = DistributedDataParallel(detector)
+    losses = detector.criterion(parallel(images), targets, closing=True)
+    counts = workers.sum(torch.stack([losses.counts[term] for term in losses.sums])).clamp(min=1)
+    (torch.stack(list(losses.sums.values())) / counts).sum().backward()
+    gradients = {key: parameter.grad.double() for key, parameter in detector.named_parameters()}
+    return {
+        key: (bool(gradient.isfinite().all()), float(gradient.sum()), float(gradient.abs().sum()))
+        for key, gradient in gradients.items()
     }
 
 

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from families import SMALLEST
 
 from data.augment import AugmentConfig
 from training.spec import RunSpec, ScoringSpec
@@ -49,6 +50,7 @@ def seen(tiny: Any, tiny_spec: Callable[..., RunSpec], tmp_path_factory: pytest.
     job = {
         "specs": {name: spec.model_dump(mode="json") for name, spec in specs.items()},
         "datasets": {"same_pixels": str(folder / "same_pixels"), "tiny": str(tiny.folder)},
+        "families": SMALLEST,
     }
     (folder / "job.json").write_text(json.dumps(job))
     worker = load_script()
@@ -152,3 +154,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(seen: Seen) ->
     assert one["steps"] == two["steps"] == 6
     for name, value in one["weights"].items():
         assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_rank_without_objects_takes_the_same_step_as_the_other(seen: Seen, name: str) -> None:
+    one, two = (rank["empty"][name] for rank in seen.ranks)
+    assert one == two
+    assert all(finite for finite, _, _ in one.values())
+    assert sum(size > 0 for _, _, size in one.values()) > 0.9 * len(one)
