@@ -21,8 +21,7 @@ REPEATS = 5
 
 
 def main() -> None:
-    """Run all comparisons on one thread."""
-    torch.set_num_threads(1)
+    """Run all comparisons, on all cores."""
     torch.manual_seed(0)
     step_in_bf16_against_fp32("yolox-nano", size_px=320)
     step_in_bf16_against_fp32("yolox-s", size_px=640)
@@ -31,6 +30,7 @@ def main() -> None:
     for size in "ns":
         probe_against_base(size)
     step_against_matrix_products("yolox-s")
+    step_against_square_products("yolox-s")
 
 
 def step_in_bf16_against_fp32(name: str, size_px: int, batch: int = 8) -> None:
@@ -79,12 +79,42 @@ def probe_against_base(size: str, size_px: int = 640) -> None:
 
 
 def step_against_matrix_products(name: str, size_px: int = 640, batch: int = 8, per_image: int = 70) -> None:
-    """A training step in fp32 against matrix products of as many operations: the share of peak is the inverse."""
-    detector = _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
-    targets = _targets(batch, per_image=per_image, size_px=size_px)
+    """A training step in fp32 against the bare matrix products behind its convolutions, in their own shapes.
+
+    A convolution of K inputs per output, C outputs and N positions is a product (N, K) (K, C); its backward pass is two
+    more, for the gradients of inputs and weights.
+    """
+    step, detector = _fp32_step(name, size_px, batch, per_image)
+    shapes: list[tuple[int, int, int]] = []
+
+    def note(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        weight = cast(nn.Conv2d, layer).weight
+        shapes.append((output[:, 0].numel(), weight[0].numel(), len(weight)))
+
+    hooks = [layer.register_forward_hook(note) for layer in detector.modules() if isinstance(layer, nn.Conv2d)]
+    step()
+    for hook in hooks:
+        hook.remove()
+    room = [torch.rand(max(size)) for size in zip(*((n * k, k * c, n * c) for n, k, c in shapes), strict=True)]
+
+    def multiply() -> None:
+        for n, k, c in shapes:
+            unfolded, weights, gradients = (
+                flat[: rows * columns].view(rows, columns)
+                for flat, rows, columns in zip(room, (n, k, n), (k, c, c), strict=True)
+            )
+            torch.mm(unfolded, weights)
+            torch.mm(gradients, weights.t())
+            torch.mm(unfolded.t(), gradients)
+
+    compare(f"{name} step at {size_px} px, batch {batch}, fp32: against its {3 * len(shapes)} products", step, multiply)
+
+
+def step_against_square_products(name: str, size_px: int = 640, batch: int = 8, per_image: int = 70) -> None:
+    """The same step against as many operations in large square products, the peak that nothing real reaches."""
+    step, _ = _fp32_step(name, size_px, batch, per_image)
     with FlopCounterMode(display=False) as counter:
-        _step(detector, images, targets, bf16=False)
+        step()
     side = 2048
     a, b = torch.rand(side, side), torch.rand(side, side)
     num_products = round(counter.get_total_flops() / (2 * side**3))
@@ -93,11 +123,7 @@ def step_against_matrix_products(name: str, size_px: int = 640, batch: int = 8, 
         for _ in range(num_products):
             torch.mm(a, b)
 
-    compare(
-        f"{name} step at {size_px} px, batch {batch}, fp32, against {num_products} products of {side} x {side}",
-        lambda: _step(detector, images, targets, bf16=False),
-        multiply,
-    )
+    compare(f"the same: against {num_products} products of {side} x {side}", step, multiply)
 
 
 def compare(title: str, first: Callable[[], object], second: Callable[[], object]) -> None:
@@ -111,6 +137,13 @@ def compare(title: str, first: Callable[[], object], second: Callable[[], object
             times.append(time.perf_counter() - started)
     one, two = (statistics.median(times) for times in seconds)
     print(f"{title}: {one:.3f} s / {two:.3f} s = {one / two:.2f}", flush=True)
+
+
+def _fp32_step(name: str, size_px: int, batch: int, per_image: int) -> tuple[Callable[[], None], nn.Module]:
+    detector = _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
+    targets = _targets(batch, per_image=per_image, size_px=size_px)
+    return lambda: _step(detector, images, targets, bf16=False), detector
 
 
 def _detector(name: str) -> nn.Module:

@@ -43,7 +43,7 @@ def train_worker(config: dict[str, Any]) -> None:
         complete_journal(run_folder, attempt, checkpoint)
     _say(
         workers,
-        f"data ready on {workers.world_size} workers after {time.monotonic() - started:.1f} s, "
+        f"data ready on {workers.world_size} worker{'s' * (workers.world_size > 1)} after {time.monotonic() - started:.1f} s, "
         + (f"resuming from {checkpoint.name}" if checkpoint else "starting at epoch 1"),
     )
     hooks = Hooks(

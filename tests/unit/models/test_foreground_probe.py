@@ -206,6 +206,24 @@ def test_with_every_token_selected_none_is_inverted_and_without_positives_none_i
     assert metrics["positive_recall_at_k"].item() == 1.0
 
 
+def test_one_set_of_weights_serves_every_number_of_tokens(build: Callable[..., Any]) -> None:
+    """What makes a sweep over K free at inference: recall of positives grows with K, up to all of them."""
+    targets = Targets(
+        torch.tensor([[4.0, 4.0, 12.0, 14.0], [30.0, 20.0, 62.0, 60.0]]),
+        torch.tensor([0, 2]),
+        torch.tensor([0, 1]),
+        torch.zeros(0, 4),
+        NO_INDEX,
+    )
+    recalls = []
+    for num_tokens in (1, 20, 100, 200, NUM_ANCHORS):
+        detector = build(num_tokens=num_tokens)
+        metrics = detector.criterion(detector(images(2)), targets).metrics
+        recalls.append(metrics["positive_recall_at_k"].item())
+    assert recalls == sorted(recalls)
+    assert recalls[0] < recalls[-1] == 1.0
+
+
 @pytest.mark.parametrize(("unselected", "count"), [("keep", 8), ("zero", 4)])
 def test_a_score_is_refined_objectness_times_the_likeliest_class(
     build: Callable[..., Any], unselected: str, count: int
