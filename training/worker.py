@@ -41,11 +41,9 @@ def train_worker(config: dict[str, Any]) -> None:
     checkpoint = workers.broadcast(_newest_valid_checkpoint(run_folder) if workers.rank == 0 else None)
     if checkpoint is not None and workers.rank == 0:
         complete_journal(run_folder, attempt, checkpoint)
-    _say(
-        workers,
-        f"data ready on {workers.world_size} worker{'s' * (workers.world_size > 1)} after {time.monotonic() - started:.1f} s, "
-        + (f"resuming from {checkpoint.name}" if checkpoint else "starting at epoch 1"),
-    )
+    who = f"{workers.world_size} worker" + "s" * (workers.world_size > 1)
+    where = f"resuming from {checkpoint.name}" if checkpoint else "starting at epoch 1"
+    _say(workers, f"data ready on {who} after {time.monotonic() - started:.1f} s, {where}")
     hooks = Hooks(
         report=_reporter(workers),
         progress=lambda news: _say(workers, _line(news)),
