@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .blocks import ConvBlock, spatial_conv, without_autocast
 from .boxes import anchor_centers, anchor_grid, decode_boxes, distances_to_boxes
@@ -124,24 +126,12 @@ class DecoupledHead(nn.Module):
         return [TowerFeatures(class_tower(x), box_tower(x)) for x, class_tower, box_tower in stems]
 
     def predict(self, towers: Sequence[TowerFeatures]) -> AnchorPredictions:
-        """Return the predictions of all levels from their tower outputs.
-
-        The predictors keep the precision of their weights even under autocast: bfloat16 knows a logit near -4.6
-        only to 1/32, which would blur scores, and tiny boxes with them.
-        """
-        boxes, objectness, classes = [], [], []
-        dtype = next(self.box_predictors.parameters()).dtype
-        with without_autocast(towers[0].regression.device):
-            for level, tower in enumerate(towers):
-                regression, classification = tower.regression.to(dtype), tower.classification.to(dtype)
-                boxes.append(self.box_predictors[level](regression))
-                objectness.append(self.objectness_predictors[level](regression))
-                classes.append(self.class_predictors[level](classification))
-        sizes_hw = [(level.shape[2], level.shape[3]) for level in boxes]
-        grid_xy, strides = anchor_grid(sizes_hw, self.strides, boxes[0].device)
-        return AnchorPredictions(
-            _per_anchor(boxes), _per_anchor(objectness).squeeze(2), _per_anchor(classes), grid_xy, strides
-        )
+        """Return the predictions of all levels from their tower outputs."""
+        regression = [tower.regression for tower in towers]
+        boxes = _per_anchor(self.box_predictors, regression)
+        objectness = _per_anchor(self.objectness_predictors, regression).squeeze(2)
+        classes = _per_anchor(self.class_predictors, [tower.classification for tower in towers])
+        return AnchorPredictions(boxes, objectness, classes, *_grid(regression, self.strides))
 
     def forward(self, features: Sequence[Tensor]) -> AnchorPredictions:
         """Return the predictions of all levels from one map (B, C, h, w) per level."""
@@ -178,22 +168,12 @@ class DistributionHead(nn.Module):
         self.class_predictors = nn.ModuleList(_predictor(class_channels, num_classes, logit) for logit in logits)
 
     def forward(self, features: Sequence[Tensor]) -> DistributionPredictions:
-        """Return the predictions of all levels from one map (B, C, h, w) per level.
-
-        As in `DecoupledHead`, the predictors keep the precision of their weights under autocast.
-        """
-        boxes, classes = [], []
-        dtype = self.box_predictors[0].weight.dtype
-        towers = zip(self.box_towers, self.class_towers, features, strict=True)
-        for level, (box_tower, class_tower, x) in enumerate(towers):
-            box, classification = box_tower(x), class_tower(x)
-            with without_autocast(x.device):
-                boxes.append(self.box_predictors[level](box.to(dtype)))
-                classes.append(self.class_predictors[level](classification.to(dtype)))
-        sizes_hw = [(level.shape[2], level.shape[3]) for level in boxes]
-        grid_xy, strides = anchor_grid(sizes_hw, self.strides, boxes[0].device)
-        side_logits = _per_anchor(boxes).unflatten(2, (4, self.NUM_DISTANCES))
-        return DistributionPredictions(side_logits, _per_anchor(classes), grid_xy, strides)
+        """Return the predictions of all levels from one map (B, C, h, w) per level."""
+        boxes = [tower(x) for tower, x in zip(self.box_towers, features, strict=True)]
+        classes = [tower(x) for tower, x in zip(self.class_towers, features, strict=True)]
+        side_logits = _per_anchor(self.box_predictors, boxes).unflatten(2, (4, self.NUM_DISTANCES))
+        class_logits = _per_anchor(self.class_predictors, classes)
+        return DistributionPredictions(side_logits, class_logits, *_grid(boxes, self.strides))
 
 
 def _predictor(in_channels: int, out_channels: int, bias: float) -> nn.Conv2d:
@@ -203,6 +183,21 @@ def _predictor(in_channels: int, out_channels: int, bias: float) -> nn.Conv2d:
     return conv
 
 
-def _per_anchor(levels: Sequence[Tensor]) -> Tensor:
-    """Return float32 (B, A, K) from the maps (B, K, h, w) of all levels."""
-    return torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], dim=1).float()
+def _per_anchor(predictors: nn.ModuleList, levels: Sequence[Tensor]) -> Tensor:
+    """Return float32 (B, A, K): what the 1x1 predictors (K, D) make of the maps (B, D, h, w), level after level.
+
+    They keep the precision of their weights even under autocast: bfloat16 knows a logit near -4.6 only to 1/32, which
+    would blur scores, and tiny boxes with them. They run as matrix products, because float32 convolutions on a single
+    CPU thread are left to a slow path.
+    """
+    outputs = []
+    with without_autocast(levels[0].device):
+        for predictor, level in zip(predictors, levels, strict=True):
+            weight, bias = cast(Tensor, predictor.weight), cast(Tensor, predictor.bias)
+            per_anchor = level.permute(0, 2, 3, 1).flatten(1, 2)
+            outputs.append(F.linear(per_anchor.to(weight.dtype), weight.flatten(1), bias))
+    return torch.cat(outputs, dim=1).float()
+
+
+def _grid(levels: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return anchor_grid([(level.shape[2], level.shape[3]) for level in levels], strides, levels[0].device)
