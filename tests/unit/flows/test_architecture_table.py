@@ -23,3 +23,8 @@ def test_the_document_lists_every_architecture_once() -> None:
 def test_published_figures_and_class_counts_are_of_architectures_that_exist() -> None:
     assert PUBLISHED.keys() <= models.ARCHITECTURES.keys()
     assert all(any(name.startswith(family) for name in models.ARCHITECTURES) for family in NUM_CLASSES)
+
+
+@pytest.mark.soak
+def test_the_document_has_the_whole_table() -> None:
+    assert as_markdown([describe(name) for name in models.ARCHITECTURES]) in DOCUMENT
