@@ -14,11 +14,12 @@ INPUT_SIZE_PX = 640
 
 @dataclass(frozen=True)
 class Published:
-    """Millions of parameters and GFLOPs (two per multiply-add, at 640 px) as their authors give them."""
+    """Millions of parameters and GFLOPs (two per multiply-add) as their authors give them."""
 
     parameters_m: float
     gflops: float
     source: str
+    size_px: int = INPUT_SIZE_PX
 
 
 # With so many classes the published figures were taken, and ours are.
@@ -26,6 +27,8 @@ NUM_CLASSES = {"yolox": 80, "yolov8": 80, "csf-net": 1, "foreground-probe": 10}
 NUM_CLASSES_OF_PYRAMIDS = 9
 _YOLOX, _YOLOV8, _GF_FPN = "YOLOX, table 3", "YOLOv8's model page", "GF-FPN, table 5"
 PUBLISHED = {
+    "yolox-nano": Published(0.91, 1.08, _YOLOX, size_px=416),
+    "yolox-tiny": Published(5.06, 6.45, _YOLOX, size_px=416),
     "yolox-s": Published(9.0, 26.8, _YOLOX),
     "yolox-m": Published(25.3, 73.8, _YOLOX),
     "yolox-l": Published(54.2, 155.6, _YOLOX),
@@ -78,6 +81,8 @@ def as_markdown(rows: list[ArchitectureRow]) -> str:
         published, source = "-", "-"
         if row.published is not None:
             published = f"{row.published.parameters_m} M, {row.published.gflops} G"
+            if row.published.size_px != INPUT_SIZE_PX:
+                published += f" at {row.published.size_px} px"
             source = row.published.source
         strides = f"{row.strides[0]}-{row.strides[-1]}"
         counted = [str(row.num_classes), f"{row.num_parameters:,}", f"{row.gflops:.2f}"]

@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from flows.evaluate import UnknownRun, find_result
 from flows.experiment import Experiment
@@ -70,7 +73,10 @@ def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]
         path = settings.storage / run_key / "artifacts" / "weights.safetensors"
 
     def resolve(spec: RunSpec) -> str:
-        share = fitting_share(spec, path)
+        try:
+            share = fitting_share(spec, path)
+        except SafetensorError as error:
+            raise NoSuchWeights(f"{path} is no safetensors file, or is damaged: {error}. Give a whole one") from None
         if share < MIN_SHARE:
             raise NoSuchWeights(
                 f"training.warm_start={asked!r} fits {share:.0%} of {spec.architecture.name}, and must fit at least "
@@ -83,11 +89,16 @@ def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]
 
 def _from_public(path: Path, settings: Settings) -> Path:
     """Put a YOLOX release checkpoint among the weights in storage, under our names; no code in it is ever run."""
+    import numpy as np
     import torch
     from safetensors.torch import save_file
 
+    # The training code of YOLOX keeps its best AP beside the weights, as a NumPy scalar, which NumPy 1 named otherwise.
+    scalar: Any = np.float64(0).__reduce__()[0]
+    numbers: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8")), scalar]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([*numbers, (scalar, "numpy.core.multiarray.scalar")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Whatever the bytes of a stranger make the unpickler raise.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NoSuchWeights(
@@ -95,8 +106,8 @@ def _from_public(path: Path, settings: Settings) -> Path:
             "Give a checkpoint of tensors alone"
         ) from None
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise NoSuchWeights(f"{path} must hold a dictionary of tensors, or one under 'model'")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
+        raise NoSuchWeights(f"{path} must hold a dictionary of plain tensors, or one under 'model'")
     if not is_public_yolox(state):
         raise NoSuchWeights(
             f"{path} has no tensor named as in a YOLOX release; convert it to .safetensors with our names"
@@ -107,6 +118,12 @@ def _from_public(path: Path, settings: Settings) -> Path:
             {from_public_yolox(name): value.detach().clone().contiguous() for name, value in state.items()}, converted
         )
         return warm_start_path(settings.storage, _keep(converted, settings))
+
+
+def _is_plain(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def _earlier_starts(settings: Settings) -> dict[str, str | None]:

@@ -20,6 +20,8 @@ CandidateMode = Literal["center", "box_or_center"]
 
 MAX_POSITIVES_PER_OBJECT = 10
 IOU_COST_WEIGHT = 3.0
+# Just above one, so that a point on either side is inside when an object lies halfway between the two.
+NARROWEST = 1.01
 # What a candidate outside the wanted region of this very object pays: more than any real cost.
 OUTSIDE_PENALTY: dict[CandidateMode, float] = {"center": 1e6, "box_or_center": 1e5}
 
@@ -82,16 +84,17 @@ class SimOTA:
         A place is image times A plus anchor; the candidates are the places, ascending, that any object may take.
         """
         grid_xy, strides = predictions.grid_xy, predictions.strides
-        center, half_px = center_and_half(object_boxes_xyxy_px)
+        top_left, bottom_right = object_boxes_xyxy_px.split(2, dim=1)
+        center = (top_left + bottom_right) / 2
         first_place = image_index * len(strides)
 
-        def reach(stride: Tensor) -> Tensor:
-            return (self.center_radius * stride).expand_as(half_px)
+        def near(stride: Tensor) -> tuple[Tensor, Tensor]:
+            return center - self.center_radius * stride, center + self.center_radius * stride
 
-        objects, anchors = pairs_around(center, reach, grid_xy, strides, strict=True)
+        objects, anchors = pairs_inside(near, grid_xy, strides)
         everything = places = first_place[objects] + anchors
         if self.candidate_mode == "box_or_center":
-            in_box, box_anchors = pairs_around(center, lambda _: half_px, grid_xy, strides, strict=True)
+            in_box, box_anchors = pairs_inside(lambda _: (top_left, bottom_right), grid_xy, strides)
             everything = torch.cat((places, first_place[in_box] + box_anchors))
             both = torch.isin(objects * len(strides) + anchors, in_box * len(strides) + box_anchors)
             objects, places = objects[both], places[both]
@@ -106,8 +109,8 @@ class TaskAligned:
     by several objects goes to the one that it overlaps most. Ties go to the first. All images are assigned at once,
     over the pairs of an object and an anchor point inside it: there are few, and no (G, A) matrix arises.
 
-    Differs from YOLOv8: a box narrower than the finest stride counts as one stride wide when anchor points inside it
-    are looked for (likewise its height), because an object between four centres would never be learned.
+    Differs from YOLOv8: a box no wider than the finest stride counts as NARROWEST strides wide when anchor points
+    inside it are looked for (likewise its height), because an object between four centres would never be learned.
     """
 
     num_positives: int = 10
@@ -122,11 +125,10 @@ class TaskAligned:
         """
         boxes_xyxy_px = predictions.decoded_boxes_xyxy_px()
         object_boxes_xyxy_px = targets.boxes_xyxy_px.to(boxes_xyxy_px.dtype)
-        center, half_px = center_and_half(object_boxes_xyxy_px)
-        half_px = half_px.clamp(min=predictions.strides[0] / 2)
-        objects, anchors = pairs_around(
-            center, lambda _: half_px, predictions.grid_xy, predictions.strides, strict=False
-        )
+        top_left, bottom_right = object_boxes_xyxy_px.split(2, dim=1)
+        center, least = (top_left + bottom_right) / 2, NARROWEST * predictions.strides[0] / 2
+        corners = torch.minimum(top_left, center - least), torch.maximum(bottom_right, center + least)
+        objects, anchors = pairs_inside(lambda _: corners, predictions.grid_xy, predictions.strides)
         images = targets.image_index[objects]
         iou = aligned_iou(object_boxes_xyxy_px[objects], boxes_xyxy_px[images, anchors])
         probability = predictions.class_logits[images, anchors, targets.labels[objects]].sigmoid()
@@ -146,34 +148,25 @@ class TaskAligned:
         return Assignment(images[owned_pairs], anchors[owned_pairs], objects), scores
 
 
-def center_and_half(boxes_xyxy_px: Tensor) -> tuple[Tensor, Tensor]:
-    """Return centres and half extents, (N, 2) in pixels each, of boxes (N, 4)."""
-    top_left, bottom_right = boxes_xyxy_px.split(2, dim=1)
-    return (top_left + bottom_right) / 2, (bottom_right - top_left) / 2
-
-
-def pairs_around(
-    center_xy_px: Tensor, half_px: Callable[[Tensor], Tensor], grid_xy: Tensor, strides: Tensor, *, strict: bool
+def pairs_inside(
+    corners_xy_px: Callable[[Tensor], tuple[Tensor, Tensor]], grid_xy: Tensor, strides: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the pairs (object, anchor point) with the point no further from the centre than the half extent, per axis.
+    """Return the pairs (object, anchor point) with the point inside the object's rectangle, not on its edge.
 
-    Int64 (N,) each. `center_xy_px` (G, 2); `half_px` gives the half extents (G, 2) for the stride of a level; `strict`
-    leaves out what lies on the edge. `grid_xy` (A, 2), `strides` (A,) of levels one after the other, each row by row.
-    The anchors of an object ascend, and so do the objects of an anchor. The pairs are counted out, not searched for:
-    no (G, A) matrix arises.
+    Int64 (N,) each. `corners_xy_px` gives the low and high corners (G, 2) of the rectangles for the stride of a level.
+    `grid_xy` (A, 2), `strides` (A,) of levels one after the other, each row by row. The anchors of an object ascend,
+    and so do the objects of an anchor. The pairs are counted out, not searched for: no (G, A) matrix arises.
     """
     level_strides, counts = strides.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0)
     objects, anchors = [], []
     for stride, first, last_xy in zip(level_strides, ends - counts, grid_xy[ends - 1], strict=True):
-        half = half_px(stride)
         # Anchor points stand in the middle of their cells.
-        low, high = (center_xy_px - half) / stride - 0.5, (center_xy_px + half) / stride - 0.5
-        low, high = (low.floor() + 1, high.ceil() - 1) if strict else (low.ceil(), high.floor())
-        low, high = low.clamp(min=0), torch.minimum(high, last_xy)
+        low, high = (corner / stride - 0.5 for corner in corners_xy_px(stride))
+        low, high = (low.floor() + 1).clamp(min=0), torch.minimum(high.ceil() - 1, last_xy)
         extent = (high - low + 1).clamp(min=0).long()
         per_object = extent.prod(1)
-        mine = torch.arange(len(center_xy_px), device=strides.device).repeat_interleave(per_object)
+        mine = torch.arange(len(extent), device=strides.device).repeat_interleave(per_object)
         within = torch.arange(len(mine), device=strides.device) - (per_object.cumsum(0) - per_object)[mine]
         row, column = within // extent[mine, 0], within % extent[mine, 0]
         corner = low.long()[mine]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -167,11 +168,21 @@ def test_a_yolox_release_checkpoint_is_taken_under_our_names(settings: Settings,
         "backbone.backbone.dark2.0.dconv.bn.weight": torch.ones(16),
         "backbone.backbone.stem.conv.conv.weight": stem,
     }
-    torch.save({"model": released, "start_epoch": 300}, tmp_path / "yolox_nano.pth")
+    content = {"model": released, "start_epoch": 300, "best_ap": np.float64(0.25)}
+    torch.save(content, tmp_path / "yolox_nano.pth")
     path = flows.warm_start._from_public(tmp_path / "yolox_nano.pth", settings)
     kept = load_file(path)
     assert kept.keys() == {"backbone.stages.0.0.0.norm.weight", "backbone.stem.block.conv.weight"}
     assert torch.equal(kept["backbone.stem.block.conv.weight"], stem)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x10" + bytes(200)])
+def test_a_damaged_file_of_weights_is_refused(
+    settings: Settings, tmp_path: Path, cell_spec: Callable[..., RunSpec], content: bytes
+) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(NoSuchWeights, match="is no safetensors file, or is damaged"):
+        _resolver(str(tmp_path / "x.safetensors"), settings)(cell_spec())
 
 
 class Evil:
@@ -184,12 +195,13 @@ class Evil:
     [
         (Evil(), "Nothing in it was run"),
         ({"model": {"a": torch.zeros(1)}}, "no tensor named as in a YOLOX release"),
-        ({"model": {"a": 3}}, "must hold a dictionary of tensors"),
-        ([1, 2], "must hold a dictionary of tensors"),
+        ({"model": {"a": 3}}, "must hold a dictionary of plain tensors"),
+        ([1, 2], "must hold a dictionary of plain tensors"),
+        ({"model": {"a": torch.eye(2).to_sparse()}}, "must hold a dictionary of plain tensors"),
         (b"PK\x03\x04 half a file", "damaged"),
         (b"<html>not found</html>", "damaged"),
         (b"", "damaged"),
-        ({"model": {3: torch.zeros(1)}}, "must hold a dictionary of tensors"),
+        ({"model": {3: torch.zeros(1)}}, "must hold a dictionary of plain tensors"),
     ],
 )
 def test_what_is_no_release_checkpoint_is_refused_unexecuted(

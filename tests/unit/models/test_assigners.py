@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.assigners import SimOTA, class_cost, dynamic_k, match_cheapest
+from models.assigners import SimOTA, class_cost, dynamic_k, match_cheapest, pairs_inside
 from models.boxes import anchor_grid
 from models.heads import AnchorPredictions
 from models.interface import Targets
@@ -136,6 +136,20 @@ def test_matches_of_good_predictions() -> None:
     for assigner in (SMALL_OBJECTS, PAPER):
         assert_equals_reference(pred, targets, assigner)
     assert len(PAPER(pred, targets).object_index) > 4 * 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_are_the_anchor_points_strictly_inside(seed: int) -> None:
+    """In float32, with sides that lie on anchor points, and boxes partly or wholly outside the image."""
+    generator = torch.Generator().manual_seed(seed)
+    grid_xy, strides = anchor_grid([(12, 16), (6, 8), (3, 4)], (8, 16, 32), torch.device("cpu"))
+    sides = torch.rand(200, 2, 2, generator=generator) * 160 - 16
+    sides = torch.where(torch.rand(sides.shape, generator=generator) < 0.5, (sides / 4).round() * 4, sides)
+    low, high = sides.amin(1), sides.amax(1)
+    centers = ((grid_xy + 0.5) * strides.unsqueeze(1)).unsqueeze(0)
+    inside = ((centers > low.unsqueeze(1)) & (centers < high.unsqueeze(1))).all(2)
+    objects, anchors = pairs_inside(lambda _: (low, high), grid_xy, strides)
+    assert sorted(zip(objects.tolist(), anchors.tolist(), strict=True)) == [tuple(p) for p in inside.nonzero().tolist()]
 
 
 @pytest.mark.parametrize("seed", range(30))

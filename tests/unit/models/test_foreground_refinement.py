@@ -138,6 +138,11 @@ def test_the_class_path_is_dead_only_under_gate_one(fixed_gate: float | None, de
     module(regression, classification)[0].sum().backward()
     assert regression.grad.abs().sum(2).all()
     assert (classification.grad == 0).all() if dead else classification.grad.abs().sum(2).all()
+    # Queries and keys of both kinds, and the values: scores also see the box tower without any attention.
+    by_regression = [part.any().item() for part in module.regression_projection.weight.grad.chunk(3)]
+    by_class = [part.any().item() for part in module.class_projection.weight.grad.chunk(2)]
+    assert by_regression == [fixed_gate != 0.0, fixed_gate != 0.0, True]
+    assert by_class == [not dead, not dead]
 
 
 def test_refinement_under_autocast_is_that_in_float32() -> None:

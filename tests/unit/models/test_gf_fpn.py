@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from models.gf_fpn import (
     PyramidalAttention,
     split_in_three,
 )
-from models.necks import TopDownPath
+from models.necks import FPN
 
 # The stage at stride 4 of the top-down path, which the count of "FPN from F2" includes and no head would read.
 UNREAD_STAGE = 206_336
@@ -42,7 +43,7 @@ def measured(name: str, num_classes: int, **settings: object) -> tuple[int, floa
 @pytest.mark.parametrize(
     ("name", "num_classes", "total", "gflops"),
     [
-        ("fpn-l", 9, 38_942_634 - UNREAD_STAGE, None),
+        ("fpn-l", 9, 38_942_634 - UNREAD_STAGE, 135.27),
         ("fpn-l", 6, 38_940_321 - UNREAD_STAGE, None),
         ("panet-l", 9, 55_133_354, 174.07),
         ("panet-l", 6, 55_131_041, None),
@@ -58,10 +59,16 @@ def test_totals_are_exact(name: str, num_classes: int, total: int, gflops: float
     assert gflops is None or found_gflops == pytest.approx(gflops, rel=0.001)
 
 
-def test_the_unread_stage_is_the_difference_to_a_path_that_ends_at_stride_4() -> None:
+@pytest.mark.parametrize(("num_classes", "total"), [(9, 38_942_634), (6, 38_940_321)])
+def test_with_the_stage_that_no_head_reads_an_fpn_has_the_stated_totals(num_classes: int, total: int) -> None:
     with torch.device("meta"):
-        channels = (128, 256, 512, 1024)
-        assert count(TopDownPath(channels, 3)) - count(TopDownPath(channels[1:], 3)) == UNREAD_STAGE
+        detector: Any = models.build("fpn-l", num_classes=num_classes).eval()
+        without = count(detector)
+        detector.neck = FPN(detector.backbone.out_channels, 3)
+        with FlopCounterMode(display=False) as counter:
+            detector(torch.empty(1, 3, 640, 640))
+    assert count(detector) == total == without + UNREAD_STAGE
+    assert num_classes != 9 or counter.get_total_flops() / 1e9 == pytest.approx(144.50, rel=0.001)
 
 
 @pytest.mark.parametrize("size", ["n", "s", "m", "l", "l-darknet53"])
@@ -119,6 +126,9 @@ def test_without_queries_all_channels_become_one() -> None:
     nn.init.zeros_(fusion.query)
     attention = fusion.attention(torch.randn(1, 9, 4, 4))
     torch.testing.assert_close(attention, torch.full((1, 9, 9), 1 / 9))
+    fusion.output = nn.Sequential()
+    mixed = fusion(torch.randn(1, 9, 4, 4))
+    torch.testing.assert_close(mixed, mixed[:, :1].expand(-1, 9, -1, -1))
 
 
 @pytest.mark.parametrize(("height", "width"), [(33, 31), (16, 20), (1, 2)])
@@ -198,6 +208,7 @@ def test_gradients_reach_queries_and_keys_unless_all_channels_look_alike(qk: str
     fusion.zero_grad()
     fusion(torch.ones(1, 6, 4, 4)).square().sum().backward()
     assert fusion.query.grad.abs().max() < 1e-5
+    assert fusion.key.grad.abs().max() < 1e-5
 
 
 def test_darknet53_has_its_published_size() -> None:

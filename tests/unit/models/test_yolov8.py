@@ -109,12 +109,16 @@ def predictions(size_px: int, num_images: int, num_classes: int, seed: int) -> D
 
 
 def objects(size_px: int, per_image: list[int], seed: int) -> Targets:
+    """Some sides lie on anchor points, which are then not inside."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(per_image)
     center = torch.rand(total, 2, generator=generator, dtype=torch.float64) * size_px
     half = (torch.rand(total, 2, generator=generator, dtype=torch.float64) * 60 + 2) / 2
+    boxes = torch.cat((center - half, center + half), dim=1)
+    on_anchors = torch.rand(total, 4, generator=generator) < 0.3
+    boxes = torch.where(on_anchors, (boxes / 4).round() * 4, boxes)
     return Targets(
-        torch.cat((center - half, center + half), dim=1),
+        boxes,
         torch.randint(0, 3, (total,), generator=generator),
         torch.arange(len(per_image)).repeat_interleave(torch.tensor(per_image)),
         torch.zeros(0, 4),
@@ -134,9 +138,10 @@ def reference(
     alignment = np.zeros_like(iou)
     inside = np.zeros(iou.shape, dtype=bool)
     for row, (x1, y1, x2, y2) in enumerate(boxes):
-        half_w, half_h = max((x2 - x1) / 2, 4), max((y2 - y1) / 2, 4)
-        near_x = np.abs(anchors[:, 0] - (x1 + x2) / 2) <= half_w
-        inside[row] = near_x & (np.abs(anchors[:, 1] - (y1 + y2) / 2) <= half_h)
+        inside[row] = True
+        for axis, low, high in ((0, x1, x2), (1, y1, y2)):
+            middle = (low + high) / 2
+            inside[row] &= (anchors[:, axis] > min(low, middle - 4.04)) & (anchors[:, axis] < max(high, middle + 4.04))
         alignment[row] = np.sqrt(probability[:, labels[row]]) * iou[row] ** 6
         order = [a for a in np.argsort(-alignment[row], kind="stable") if inside[row, a]]
         for anchor in order[:10]:
