@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -25,7 +26,7 @@ def main() -> None:
     torch.manual_seed(0)
     step_in_bf16_against_fp32("yolox-nano", size_px=320)
     step_in_bf16_against_fp32("yolox-s", size_px=640)
-    for name in ("yolox-tiny", "yolov8-n", "yolov8-n-p2"):
+    for name in ("yolox-nano", "yolox-tiny", "yolox-s", "yolov8-n", "yolov8-n-p2"):
         step_against_assignment(name)
     for size in "ns":
         probe_against_base(size)
@@ -79,40 +80,51 @@ def probe_against_base(size: str, size_px: int = 640) -> None:
 
 
 def step_against_matrix_products(name: str, size_px: int = 640, batch: int = 8, per_image: int = 70) -> None:
-    """A training step in fp32 against the bare matrix products behind its convolutions, in their own shapes.
-
-    A convolution of K inputs per output, C outputs and N positions is a product (N, K) (K, C); its backward pass is two
-    more, for the gradients of inputs and weights.
-    """
-    step, detector = _fp32_step(name, size_px, batch, per_image)
-    shapes: list[tuple[int, int, int]] = []
-
-    def note(layer: nn.Module, _: object, output: torch.Tensor) -> None:
-        weight = cast(nn.Conv2d, layer).weight
-        shapes.append((output[:, 0].numel(), weight[0].numel(), len(weight)))
-
-    hooks = [layer.register_forward_hook(note) for layer in detector.modules() if isinstance(layer, nn.Conv2d)]
-    step()
-    for hook in hooks:
-        hook.remove()
-    room = [torch.rand(max(size)) for size in zip(*((n * k, k * c, n * c) for n, k, c in shapes), strict=True)]
+    """A training step in fp32 against the bare matrix products in it, in their own shapes: the share is the inverse."""
+    step = _fp32_step(name, size_px, batch, per_image)
+    with MatrixProducts() as products:
+        step()
+    room = [torch.rand(max(size)) for size in zip(*((n * k, k * c) for n, k, c in products.shapes), strict=True)]
 
     def multiply() -> None:
-        for n, k, c in shapes:
-            unfolded, weights, gradients = (
-                flat[: rows * columns].view(rows, columns)
-                for flat, rows, columns in zip(room, (n, k, n), (k, c, c), strict=True)
-            )
-            torch.mm(unfolded, weights)
-            torch.mm(gradients, weights.t())
-            torch.mm(unfolded.t(), gradients)
+        for n, k, c in products.shapes:
+            torch.mm(room[0][: n * k].view(n, k), room[1][: k * c].view(k, c))
 
-    compare(f"{name} step at {size_px} px, batch {batch}, fp32: against its {3 * len(shapes)} products", step, multiply)
+    title = f"{name} step at {size_px} px, batch {batch}, fp32: against its {len(products.shapes)} matrix products"
+    compare(title, step, multiply)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Notes the shapes (N, K) (K, C) of the matrix products behind all convolutions and linear layers of a step.
+
+    A convolution of K inputs per output, C outputs and N positions is (N, K) (K, C); the gradient of its inputs is
+    (N, C) (C, K), that of its weights (K, N) (N, C).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        name = function.overloadpacket
+        if name is torch.ops.aten.convolution:
+            weight = arguments[1]
+            self.shapes.append((result[:, 0].numel(), weight[0].numel(), len(weight)))
+        elif name is torch.ops.aten.convolution_backward:
+            gradient, _, weight = arguments[:3]
+            n, k, c = gradient[:, 0].numel(), weight[0].numel(), len(weight)
+            wanted = ((n, c, k), (k, n, c))
+            self.shapes += [shape for shape, asked in zip(wanted, arguments[-1], strict=False) if asked]
+        elif name in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            first, second = arguments[-2:]
+            self.shapes.append((*first.shape, second.shape[1]))
+        return result
 
 
 def step_against_square_products(name: str, size_px: int = 640, batch: int = 8, per_image: int = 70) -> None:
     """The same step against as many operations in large square products, the peak that nothing real reaches."""
-    step, _ = _fp32_step(name, size_px, batch, per_image)
+    step = _fp32_step(name, size_px, batch, per_image)
     with FlopCounterMode(display=False) as counter:
         step()
     side = 2048
@@ -139,11 +151,11 @@ def compare(title: str, first: Callable[[], object], second: Callable[[], object
     print(f"{title}: {one:.3f} s / {two:.3f} s = {one / two:.2f}", flush=True)
 
 
-def _fp32_step(name: str, size_px: int, batch: int, per_image: int) -> tuple[Callable[[], None], nn.Module]:
+def _fp32_step(name: str, size_px: int, batch: int, per_image: int) -> Callable[[], None]:
     detector = _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
     targets = _targets(batch, per_image=per_image, size_px=size_px)
-    return lambda: _step(detector, images, targets, bf16=False), detector
+    return lambda: _step(detector, images, targets, bf16=False)
 
 
 def _detector(name: str) -> nn.Module:
