@@ -21,7 +21,8 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 GUARD = Path(__file__).with_name("guard.py")
-START_S = 90.0
+# A server that died is noticed at once; on cores that train, one that lives needs more than a minute.
+START_S = 240.0
 STOP_S = 15.0
 POLL_S = 0.2
 

@@ -22,9 +22,9 @@ def build_optimizer(model: nn.Module, training: TrainingSpec) -> torch.optim.Opt
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(training.momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(training.momentum, 0.999), fused=True)
     return torch.optim.SGD(
-        groups, lr=training.learning_rate, momentum=training.momentum, nesterov=training.momentum > 0
+        groups, lr=training.learning_rate, momentum=training.momentum, nesterov=training.momentum > 0, fused=True
     )
 
 

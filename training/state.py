@@ -177,5 +177,10 @@ def restore(state: TrainingState, folder: Path) -> None:
         index, name = key.split(".", 1)
         slots.setdefault(int(index), {})[name] = value
     state.optimizer.load_state_dict({"state": slots, "param_groups": description["param_groups"]})
+    # Fused optimisers walk through memory: what they keep of a weight has to lie there in the order of the weight.
+    for weight, kept in state.optimizer.state.items():
+        for name, value in kept.items():
+            if value.shape == weight.shape:
+                kept[name] = torch.empty_like(weight).copy_(value)
     torch.set_rng_state(tensors["random"]["torch"])
     state.step, state.epoch = description["step"], description["epoch"]
