@@ -103,3 +103,26 @@ def test_the_average_follows_a_loop_over_weights_and_buffers() -> None:
     assert {"1.running_var", "1.num_batches_tracked"} <= averaged.keys()
     for name, value in averaged.items():
         np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_steps_on_channels_last_weights_are_those_of_the_plain_optimiser(kind: str) -> None:
+    """A fused optimiser walks through memory, whatever order the weights and gradients lie in."""
+    training = TrainingSpec(optimizer=kind, learning_rate=0.1, weight_decay=0.01)
+    nets = [nn.Conv2d(3, 5, 3) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[0].to(memory_format=torch.channels_last)
+    decayed = [{"params": [nets[1].weight], "weight_decay": 0.01}, {"params": [nets[1].bias], "weight_decay": 0.0}]
+    plain = {
+        "adamw": lambda: torch.optim.AdamW(decayed, lr=0.1, betas=(training.momentum, 0.999), foreach=False),
+        "sgd": lambda: torch.optim.SGD(decayed, lr=0.1, momentum=training.momentum, nesterov=True, foreach=False),
+    }[kind]()
+    fused = build_optimizer(nets[0], training)
+    pictures = torch.randn(4, 3, 9, 9)
+    for _ in range(3):
+        for net, optimizer in zip(nets, (fused, plain), strict=True):
+            optimizer.zero_grad()
+            net(pictures).square().sum().backward()
+            optimizer.step()
+    assert fused.defaults["fused"]
+    torch.testing.assert_close(nets[0].weight, nets[1].weight)
