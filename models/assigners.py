@@ -20,7 +20,7 @@ CandidateMode = Literal["center", "box_or_center"]
 
 MAX_POSITIVES_PER_OBJECT = 10
 IOU_COST_WEIGHT = 3.0
-# Just above one, so that a point on either side is inside when an object lies halfway between the two.
+# In strides; just above one, so that an object halfway between two anchor points has both of them inside.
 NARROWEST = 1.01
 # What a candidate outside the wanted region of this very object pays: more than any real cost.
 OUTSIDE_PENALTY: dict[CandidateMode, float] = {"center": 1e6, "box_or_center": 1e5}
