@@ -15,6 +15,9 @@ from training.spec import RunSpec
 from training.workers import Workers
 
 GOLDEN = Path(__file__).parent / "loss_curve.json"
+# Rounding, another order of sums for one, flips matches of objects to equally good anchors, and each flip is followed
+# by others: after one epoch such curves are 4e-5 apart, after two up to 3e-2, after three 7e-2.
+TOLERANCES = (1e-3, 0.15, 0.15)
 
 
 def test_the_loss_curve_is_the_stored_one(
@@ -31,5 +34,5 @@ def test_the_loss_curve_is_the_stored_one(
         GOLDEN.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
     stored = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert len(curve) == len(stored) == 3
-    for epoch, expected in zip(curve, stored, strict=True):
-        assert epoch == pytest.approx(expected, rel=1e-3)
+    for epoch, expected, tolerance in zip(curve, stored, TOLERANCES, strict=True):
+        assert epoch == pytest.approx(expected, rel=tolerance)
