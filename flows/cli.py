@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,7 +193,8 @@ def models(
         print_json({name: asdict(architecture.config) for name, architecture in ARCHITECTURES.items()})
         return
     for name, architecture in ARCHITECTURES.items():
-        settings = ", ".join(f"{key}={value}" for key, value in asdict(architecture.config).items())
+        config = asdict(architecture.config).items()
+        settings = ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in config)
         typer.echo(f"{name:20} {settings}")
 
 

@@ -19,6 +19,7 @@ from training.probe import Probe, probe
 from training.records import CorruptResult, JournalEntry, RunResult, latest_code_hash, read_journal, read_result
 from training.scoring import score_options
 from training.spec import RunSpec
+from training.state import fit, warm_start_path
 
 OnCodeChange = Literal["warn", "retrain"]
 State = Literal["cached", "stale", "score", "resume", "train"]
@@ -41,7 +42,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell with what will happen to it, and why; `superseding` when a finished training is to be put aside first."""
+    """A cell with what will happen to it, and why; `superseding` when a finished training is to be put aside first.
+
+    `warm_share`: of the architecture's numbers, the share that the weights it starts from have.
+    """
 
     spec: RunSpec
     state: State
@@ -50,6 +54,7 @@ class PlannedCell:
     superseding: bool = False
     epochs_done: int = 0
     estimate: Estimate | None = None
+    warm_share: float | None = None
 
     @property
     def trains(self) -> bool:
@@ -63,7 +68,16 @@ def plan_cells(
     """Plan every cell, with an estimate for those that need training."""
     planned = [plan_cell(spec, settings, on_code_change) for spec in specs]
     pace = _Pace(settings.storage)
-    return [replace(cell, estimate=pace.estimate(cell)) if cell.trains else cell for cell in planned]
+
+    def expected(cell: PlannedCell) -> PlannedCell:
+        return replace(cell, estimate=pace.estimate(cell), warm_share=_warm_share(cell.spec, settings))
+
+    return [expected(cell) if cell.trains else cell for cell in planned]
+
+
+def _warm_share(spec: RunSpec, settings: Settings) -> float | None:
+    weights = spec.training.warm_start
+    return None if weights is None else fit(spec, warm_start_path(settings.storage, weights)).share
 
 
 def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = "warn") -> PlannedCell:

@@ -11,6 +11,8 @@ def line(cell: PlannedCell) -> str:
     """One line: what will happen to a cell, why, how long and how much disk."""
     weights = cell.spec.training.warm_start
     start = "" if weights is None else f", from weights {weights.removeprefix('sha256:')[:12]}"
+    if cell.warm_share is not None:
+        start += f", which have {cell.warm_share:.0%} of it"
     return f"{cell.spec.title}: {cell.state} ({cell.spec.run_key}{start}): {cell.why}{_expected(cell)}"
 
 
@@ -52,6 +54,7 @@ def as_json(cells: Sequence[PlannedCell]) -> list[dict[str, object]]:
             "dataset_version": cell.spec.dataset.version,
             "seed": cell.spec.seed,
             "warm_start": cell.spec.training.warm_start,
+            "warm_start_share": cell.warm_share,
             "state": cell.state,
             "why": cell.why,
             "estimated_s": None if cell.estimate is None else cell.estimate.seconds,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +22,7 @@ from tracking.registry import champion, download
 from training.checkpoint import file_sha256
 from training.records import Attempt
 from training.spec import RunSpec
-from training.state import fitting_share, warm_start_path
+from training.state import BadFreeze, fit, warm_start_path
 
 CHAMPION = "champion"
 MIN_SHARE = 0.5
@@ -37,8 +39,9 @@ def specs_of(experiment: Experiment, dataset: str, version: str, settings: Setti
     A dataset without a champion, or with one of another architecture, starts cold.
 
     Raises:
-        NoSuchWeights: the file is missing or not safetensors, no run of that key has finished, or the weights fit
-            less than half of an architecture.
+        NoSuchWeights: the file is missing, damaged or more than tensors, no run of that key has finished, or the
+            weights are not finite or fit less than half of an architecture.
+        BadFreeze: a part that is frozen is not among the weights.
         TrackingUnavailable: the champion cannot be asked for.
     """
     asked = experiment.training_for(dataset).warm_start
@@ -58,37 +61,58 @@ def _resolver(asked: str, settings: Settings) -> Callable[[RunSpec], str | None]
     if path.suffix or len(path.parts) > 1:
         if path.suffix not in {".safetensors", *PUBLIC_SUFFIXES} or not path.is_file():
             raise NoSuchWeights(
-                f"training.warm_start={asked!r} must be a .safetensors file or a YOLOX release checkpoint (.pth) that "
-                f"exists, a run key, or {CHAMPION!r}"
+                f"training.warm_start={asked!r} must be a .safetensors or .pth file that exists, a run key, or "
+                f"{CHAMPION!r}"
             )
         if path.suffix in PUBLIC_SUFFIXES:
-            path = _from_public(path, settings)
+            path = _from_pickle(path, settings)
     else:
         try:
             run_key = find_result(asked, settings).run_key
         except UnknownRun as error:
             raise NoSuchWeights(
-                f"training.warm_start={asked!r} must be a .safetensors file, a run key, or {CHAMPION!r}: {error}"
+                f"training.warm_start={asked!r} must be a .safetensors or .pth file, a run key or {CHAMPION!r}: {error}"
             ) from None
         path = settings.storage / run_key / "artifacts" / "weights.safetensors"
 
+    _require_finite(path)
+
     def resolve(spec: RunSpec) -> str:
-        try:
-            share = fitting_share(spec, path)
-        except SafetensorError as error:
-            raise NoSuchWeights(f"{path} is no safetensors file, or is damaged: {error}. Give a whole one") from None
+        share, frozen_without = fit(spec, path)
         if share < MIN_SHARE:
             raise NoSuchWeights(
                 f"training.warm_start={asked!r} fits {share:.0%} of {spec.architecture.name}, and must fit at least "
                 f"{MIN_SHARE:.0%}. Choose the architecture that the weights are of: --architectures"
+            )
+        if frozen_without:
+            raise BadFreeze(
+                f"training.freeze={list(spec.training.freeze)}: training.warm_start={asked!r} has nothing for "
+                f"{len(frozen_without)} of the weights to keep, {frozen_without[0]} for one; freeze what it has"
             )
         return _keep(path, settings)
 
     return resolve
 
 
-def _from_public(path: Path, settings: Settings) -> Path:
-    """Put a YOLOX release checkpoint among the weights in storage, under our names; no code in it is ever run."""
+def _require_finite(path: Path) -> None:
+    """Raise NoSuchWeights unless a file is whole safetensors whose numbers are all finite."""
+    import torch
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as given:
+            for name in given.keys():  # noqa: SIM118
+                if not torch.isfinite(given.get_tensor(name)).all():
+                    raise NoSuchWeights(f"{path}: {name} has values that are not finite. Give weights that can be used")
+    except SafetensorError as error:
+        raise NoSuchWeights(f"{path} is no safetensors file, or is damaged: {error}. Give a whole one") from None
+
+
+def _from_pickle(path: Path, settings: Settings) -> Path:
+    """Put the tensors of a .pth file among the weights in storage; no code in it is ever run.
+
+    A YOLOX release checkpoint gets our names; other tensors keep theirs.
+    """
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -97,26 +121,24 @@ def _from_public(path: Path, settings: Settings) -> Path:
     scalar: Any = np.float64(0).__reduce__()[0]
     numbers: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8")), scalar]
     try:
-        with torch.serialization.safe_globals([*numbers, (scalar, "numpy.core.multiarray.scalar")]):
+        with (
+            torch.serialization.safe_globals([*numbers, (scalar, "numpy.core.multiarray.scalar")]),
+            warnings.catch_warnings(action="ignore"),
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Whatever the bytes of a stranger make the unpickler raise.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NoSuchWeights(
-            f"{path} holds more than tensors, or is damaged: {reason}. Nothing in it was run. "
-            "Give a checkpoint of tensors alone"
-        ) from None
-    state = content.get("model", content) if isinstance(content, dict) else None
+        # Torch's own message says how to run the code in it.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"refers to {code[1]}" if code else "is damaged, or more than tensors"
+        raise NoSuchWeights(f"{path} {found}. Nothing in it was run. Give a checkpoint of tensors alone") from None
+    state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
-        raise NoSuchWeights(f"{path} must hold a dictionary of plain tensors, or one under 'model'")
-    if not is_public_yolox(state):
-        raise NoSuchWeights(
-            f"{path} has no tensor named as in a YOLOX release; convert it to .safetensors with our names"
-        )
+        raise NoSuchWeights(f"{path} must hold a dictionary of plain tensors, or one under 'model' or 'state_dict'")
+    if is_public_yolox(state):
+        state = {from_public_yolox(name): value for name, value in state.items()}
     with tempfile.TemporaryDirectory(prefix="speck-warm-start-") as folder:
         converted = Path(folder) / "weights.safetensors"
-        save_file(
-            {from_public_yolox(name): value.detach().clone().contiguous() for name, value in state.items()}, converted
-        )
+        save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, converted)
         return warm_start_path(settings.storage, _keep(converted, settings))
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ def parts(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def require_parts(spec: RunSpec) -> None:
-    """Raise BadFreeze if the spec freezes what its architecture does not have, all that it has, or chance."""
+    """Raise BadFreeze if the spec freezes what its architecture has not, all that it has, or no weights to keep."""
     if spec.training.freeze:
         if spec.training.warm_start is None:
             raise BadFreeze(
@@ -109,8 +109,15 @@ def warm_start_path(storage: Path, weights: str) -> Path:
     return storage.parent / "warm_starts" / f"{weights.removeprefix('sha256:')}.safetensors"
 
 
-def fitting_share(spec: RunSpec, path: Path) -> float:
-    """The share of an architecture's numbers for which a safetensors file has a tensor; see `models.weights`."""
+class Fit(NamedTuple):
+    """The share of an architecture's numbers that weights have, 0..1, and the frozen weights that they lack."""
+
+    share: float
+    frozen_without: tuple[str, ...]
+
+
+def fit(spec: RunSpec, path: Path) -> Fit:
+    """How well the tensors of a safetensors file fit a spec's architecture; see `models.weights`."""
     from safetensors import safe_open
 
     with torch.device("meta"):
@@ -119,7 +126,9 @@ def fitting_share(spec: RunSpec, path: Path) -> float:
     with safe_open(path, framework="pt") as given:
         fitting = sources(wanted, {name: tuple(given.get_slice(name).get_shape()) for name in given.keys()})  # noqa: SIM118
     total: int = sum(math.prod(shape) for shape in wanted.values())
-    return sum(math.prod(wanted[name]) for name in fitting) / total
+    frozen = {id(p) for part in parts(model, spec.training.freeze) for p in part.parameters()}
+    without = [name for name, p in model.named_parameters() if id(p) in frozen and name not in fitting]
+    return Fit(sum(math.prod(wanted[name]) for name in fitting) / total, tuple(without))
 
 
 def warm_start(state: TrainingState, path: Path) -> WarmStart:
