@@ -7,17 +7,17 @@ A picture is looked at as a grey thumbnail of 32x32 px. Two pictures are near du
 
 Found are copies in other formats, sizes, qualities and exposures, and many neighbouring frames of a video. Not found
 are mirrored or turned pictures, most of those that are shifted or cropped by 2% or more, and tiles of one picture: to
-keep a video together its name must tell, for of 36 frames of four aerial videos (aerial_cars), up to 40 frames apart,
-28 are in a group, always with frames of their own video.
+keep a video together its name must tell. Of 36 sparse frames of four aerial videos (aerial_cars), 28 fall into a group,
+always with frames of their own video.
 
 Why both. The hash finds candidates without comparing all pairs; the correlation decides. Neither is enough. On 1,800
 steel pictures that are nearly grey all over (NEU-DET) a hash of brightness steps (dHash) puts 3,591 pairs within 3
 bits, one of them true: these pictures share the gradient of one lamp. That gradient alone gives unlike pictures a plain
 correlation of 0.98, hence the high-pass; and a bright scratch in the same place gives unlike pictures a high-pass
-correlation of 0.93, which this hash holds apart by 25 bits. Of the 1.6 million pairs 2 pass both, and both are true: the
-published copy, and one plate that was taken twice. On 1,120 pictures rendered one by one none passes; the nearest two
-are 11 bits apart. Of 221 pictures of all four sets, each copied in nine ways (among them JPEG quality 50, half size,
-contrast 0.7, gamma 0.8, noise of 5 grey levels), one copy is missed, which brightening drove to white.
+correlation of 0.93, which this hash holds apart by 25 bits. Of the 1.6 million pairs 2 pass both, and both are true:
+the published copy, and one plate that was taken twice. On 1,120 pictures rendered one by one none passes; the nearest
+two are 11 bits apart. Of 221 pictures of all four sets, each copied in nine ways (JPEG quality 50, half size,
+contrast 0.7, gamma 0.8, noise of 5 grey levels and more), one copy is missed, which brightening drove to white.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _look(path: Path) -> _Look | None:
     grey = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
     if grey is None:
         return None
-    sha256 = hashlib.sha256(encoded).hexdigest()
+    sha256 = hashlib.sha256(encoded.tobytes()).hexdigest()
     small = cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     fine = (small - cv2.GaussianBlur(small, (0, 0), _BLUR_SIGMA_PX))[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
     fine = fine - fine.mean()
