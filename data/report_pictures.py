@@ -19,11 +19,11 @@ from data.records import XYWH, Box, ImageRecord
 NUM_PICTURES = 8
 NUM_ENLARGED = 4
 _SIDE_PX = 420
-_ENLARGED_PX = 78
+_ENLARGED_PX = 98
 # An object smaller than this on the page is shown enlarged as well.
 _LEGIBLE_PX = 24
 _MIN_WINDOW_PX = 24
-_CONTEXT = 3.0
+_CONTEXT = 2.0
 _JPEG_QUALITY = 85
 
 
@@ -75,8 +75,8 @@ def drawn(picture: Chosen, images: Path, classes: Sequence[str]) -> str:
     enlarged = "".join(_enlarged(pixels, record, box, classes) for box in small[:NUM_ENLARGED])
     note = f"objects: {len(_objects(record))}, {record.width_px}x{record.height_px} px"
     return (
-        f'<figure><div class="picture">{whole}<div class="enlarged">{enlarged}</div></div><figcaption>'
-        f"<b>{escape(picture.why)}</b> {escape(record.file_name)} · {note}</figcaption></figure>"
+        f"<figure>{whole}<figcaption><b>{escape(picture.why)}</b> {escape(record.file_name)} · {note}</figcaption>"
+        f'<div class="enlarged">{enlarged}</div></figure>'
     )
 
 
