@@ -100,7 +100,7 @@ def _partners(
         high = np.minimum(windows_xyxy_px[one, 2:], windows_xyxy_px[other, 2:])
         if (low >= high).any():
             continue
-        rows, columns = rows_of[one], rows_of[other]
+        rows, columns = (part[_reaches_into(boxes_xyxy_px[part], low, high)] for part in (rows_of[one], rows_of[other]))
         iou = _pairwise_iou(*(boxes_xyxy_px[part].clip([*low, *low], [*high, *high]) for part in (rows, columns)))
         agree = (iou > SAME_OBJECT_IOU) & (categories[rows][:, None] == categories[columns])
         for i, j in zip(*(part.tolist() for part in agree.nonzero()), strict=True):
@@ -142,6 +142,14 @@ def _grown(
 def _reaches_beyond(box_xyxy_px: NDArray[np.float64], window_xyxy_px: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which of the four sides lie outside the window."""
     return np.concatenate([box_xyxy_px[:2] < window_xyxy_px[:2], box_xyxy_px[2:] > window_xyxy_px[2:]])
+
+
+def _reaches_into(
+    boxes_xyxy_px: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Which boxes share area with the window from `low` to `high`."""
+    inside: NDArray[np.bool_] = np.all((boxes_xyxy_px[:, :2] < high) & (boxes_xyxy_px[:, 2:] > low), axis=1)
+    return inside
 
 
 def _pairwise_iou(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
