@@ -10,6 +10,8 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data.tiling import Tiling
+
 CATALOG = Path(__file__).parent / "catalog"
 
 
@@ -27,6 +29,8 @@ class DatasetCard(BaseModel):
     `classes` are in label order: label i (0-based) is category id i+1 of the prepared COCO files.
     `ignore_rule`: what happens to boxes in ignore regions when scoring: `none`, or
     `covered-half` (dropped when at least half of their own area lies in the union of the regions).
+    `tiling`: cut the training pictures into tiles. Those of val and test stay whole, so that a score means what it
+    means elsewhere; unless `scoring.tiling` says otherwise they are scored by tiles of the same size.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +44,8 @@ class DatasetCard(BaseModel):
     classes: tuple[str, ...] = Field(min_length=1)
     protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] = "coco"
     ignore_rule: Literal["none", "covered-half"] = "none"
+    # Left out where there is none: the keys of runs on whole pictures stay what they were before this field was there.
+    tiling: Tiling | None = Field(None, exclude_if=lambda tiling: tiling is None)
 
     @field_validator("classes")
     @classmethod
@@ -91,8 +97,9 @@ def faults(error: ValidationError) -> list[str]:
     for detail in error.errors(include_url=False):
         key = ".".join(str(part) for part in detail["loc"]) or "card"
         if detail["type"] == "extra_forbidden":
-            hint = did_you_mean(key, DatasetCard.model_fields)
-            faults.append(f"{key}: unknown key.{hint} Known: {', '.join(DatasetCard.model_fields)}")
+            known = (Tiling if detail["loc"][0] == "tiling" else DatasetCard).model_fields
+            hint = did_you_mean(str(detail["loc"][-1]), known)
+            faults.append(f"{key}: unknown key.{hint} Known: {', '.join(known)}")
         elif detail["type"] == "missing":
             faults.append(f"{key}: this key is required")
         else:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -21,6 +22,7 @@ from data.problems import InvalidDataset, listing
 from data.procedural import render_dataset
 from data.reading import read_raw
 from data.records import Split
+from data.tile_writer import tile_split
 
 
 class UnsupportedFormat(ValueError):
@@ -40,9 +42,14 @@ def prepare(name: str, repo: Path) -> Path:
     with _replaced(destination) as folder:
         (folder / IMAGES).mkdir(parents=True)
         (folder / ANNOTATIONS).mkdir()
-        for split, content in _writer(card)(card, raw, folder / IMAGES).items():
-            path = coco.annotation_file(folder, split)
-            coco.write_split(path, content, card.classes, {"dataset": name, "split": split})
+        splits = _writer(card)(card, raw, folder / IMAGES)
+        info: dict[str, dict[str, Any]] = {split: {"dataset": name, "split": split} for split in splits}
+        if card.tiling is not None:
+            splits["train"], counts = tile_split(folder / IMAGES, splits["train"], card.tiling)
+            info["train"]["tiling"] = card.tiling.model_dump() | counts
+            print(f"{name}: train is cut into tiles: {counts}", file=sys.stderr)
+        for split, content in splits.items():
+            coco.write_split(coco.annotation_file(folder, split), content, card.classes, info[split])
     return destination
 
 

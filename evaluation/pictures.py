@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from data.colours import PALETTE, class_colour
 from evaluation.coco import RECALL_POINTS
 from evaluation.ignore import IgnoreRule
 from evaluation.matching import ImageMatches, match
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito 2008: eight colours told apart under all common kinds of colour blindness; black is kept for means.
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
 _LINE_STYLES = ("-", "--", "-.", ":")
 _MAX_NAMED_CLASSES = 28
 
@@ -35,11 +34,6 @@ _HEADER_PX = 84
 _LEGEND_ENTRY_PX = (190, 34)
 _MIN_WHOLE_ZOOM, _MAX_ZOOM = 2.0, 3.0
 _LEGIBLE_PX = 32
-
-
-def class_colour(index: int) -> str:
-    """Colour of a class by its place among the categories."""
-    return PALETTE[index % len(PALETTE)]
 
 
 def pr_plot(precision_at_50: Mapping[str, NDArray[np.float64]], path: Path) -> None:

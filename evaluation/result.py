@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data.tiling import TileGrid
+
 if TYPE_CHECKING:
     from evaluation.coco import CocoScore
 
@@ -27,7 +29,7 @@ class ScoreOptions(_Record):
     """How the detections were made and counted; two numbers under different options do not compare.
 
     `max_detections` caps an image's detections over all classes when they are made; `max_dets` is the protocol's cap
-    when they are scored (COCO: per image and class).
+    when they are scored (COCO: per image and class). `tiling`: the tiles that the pictures were looked at by, if any.
     """
 
     score_threshold: float = Field(ge=0, le=1)
@@ -38,6 +40,7 @@ class ScoreOptions(_Record):
     precision: Literal["bf16", "fp32"]
     max_dets: int = Field(ge=1)
     ignore_rule: Literal["none", "covered-half"]
+    tiling: TileGrid | None = Field(None, exclude_if=lambda tiling: tiling is None)
 
 
 class ScoreResult(_Record):

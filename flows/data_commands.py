@@ -1,4 +1,4 @@
-"""`speck data`: import, check, list."""
+"""`speck data`: import, check, list, report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.output import JsonOption, print_json
 if TYPE_CHECKING:
     from data.importing import Format
 
-data_app = typer.Typer(help="Datasets: import, check, list.", no_args_is_help=True)
+data_app = typer.Typer(help="Datasets: import, check, list, report.", no_args_is_help=True)
 
 
 @data_app.command("import")
@@ -75,3 +75,20 @@ def list_command(as_json: JsonOption = False) -> None:
         boxes = "" if summary.num_boxes is None else f", {summary.num_boxes} boxes"
         size = "" if summary.size_bytes is None else f", {summary.size_bytes / 2**20:.0f} MiB"
         typer.echo(f"{summary.name:20} {summary.version or 'no version yet':32}  {images}{boxes}{size}")
+
+
+@data_app.command()
+def report(name: str, as_json: JsonOption = False) -> None:
+    """Bring a dataset up to date and write what its version holds as a page and as JSON."""
+    from data.report import HTML, report_folder, summary, write_report
+    from data.versioning import version_dataset
+    from flows.settings import REPO
+
+    version = version_dataset(name, REPO).version
+    written = write_report(name, version, REPO)
+    if as_json:
+        print_json(asdict(written))
+        return
+    for line in summary(written):
+        typer.echo(line)
+    typer.echo(str(report_folder(name, version, REPO) / HTML))

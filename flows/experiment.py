@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -263,7 +264,9 @@ def readable_errors(error: ValidationError, model: type[BaseModel]) -> Iterable[
 
 def _fields_at(model: type[Any], location: Sequence[int | str]) -> list[str]:
     for part in location:
-        model = get_type_hints(model).get(str(part), object)
+        hint = get_type_hints(model).get(str(part), object)
+        # A section that may be left out has the type `Section | None`.
+        model = get_args(hint)[0] if isinstance(hint, UnionType) else hint
         if not (isinstance(model, type) and (issubclass(model, BaseModel) or is_dataclass(model))):
             return []
     return sorted(model.model_fields if issubclass(model, BaseModel) else (field.name for field in fields(model)))

@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from data.summary import summarise
 from data.versioning import DatasetVersion, version_dataset
 from flows.cells import CellOutcome, CellRunner
+from flows.data_report import report_data
 from flows.experiment import Experiment, check_batch, load_experiment
 from flows.leaderboard import (
     Row,
@@ -97,7 +98,7 @@ class TrainAll:
 
     def _run(self, parent_run_id: str | None) -> Report:
         with self._timed("versions"):
-            specs, failed = self._cells_of_datasets()
+            specs, failed = self._cells_of_datasets(parent_run_id)
         with self._timed("plan"):
             planned = plan(specs, self.settings, self.on_code_change)
         with ExitStack() as stack, self._timed("cells"):
@@ -109,13 +110,14 @@ class TrainAll:
             rows += unplanned_rows(name, self.experiment.resolved_architectures(), self.experiment.seeds, error)
         return Report(ordered(rows), promotions, not_promoted, self.seconds)
 
-    def _cells_of_datasets(self) -> tuple[list[RunSpec], dict[str, Exception]]:
+    def _cells_of_datasets(self, parent_run_id: str | None) -> tuple[list[RunSpec], dict[str, Exception]]:
         """Every dataset's cells, and why there are none of the others."""
         specs: list[RunSpec] = []
         failed: dict[str, Exception] = {}
         for name in self.experiment.datasets:
             try:
                 found = version_data(name)
+                report_data(found, self.settings, parent_run_id)
                 check_batch(self.experiment, name, summarise(name, REPO).num_images["train"])
                 specs += specs_of(self.experiment, name, found.version, self.settings)
             except Exception as error:

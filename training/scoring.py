@@ -12,10 +12,13 @@ from torch.utils.data import DataLoader, Subset
 
 from data.batch import collate
 from data.loader import DetectionDataset
+from data.tiled_pictures import TiledPictures
+from data.tiling import TileGrid
 from evaluation.coco import CocoScore, score
-from evaluation.detector import detect
+from evaluation.detector import Detected, detect
 from evaluation.pictures import pr_plot, predictions_page, training_curves
 from evaluation.result import ScoreOptions, ScoreResult, coco_result
+from evaluation.tiles import merge_tiles
 from models.interface import Detector, PostprocessConfig
 from training.checkpoint import save_tensors, write_json
 from training.records import read_journal
@@ -45,9 +48,14 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
         RuntimeError: an image was seen twice or not at all.
     """
     scoring = spec.scoring
-    dataset = DetectionDataset(
-        dataset_folder, split, input_size_px=spec.training.input_size_px, augment=None, seed=0, cache_bytes=0
-    )
+    options = score_options(spec)
+    dataset: DetectionDataset | TiledPictures
+    if options.tiling is None:
+        dataset = DetectionDataset(
+            dataset_folder, split, input_size_px=options.input_size_px, augment=None, seed=0, cache_bytes=0
+        )
+    else:
+        dataset = TiledPictures(dataset_folder, split, options.tiling, input_size_px=options.input_size_px)
     share = range(workers.rank, len(dataset), workers.world_size)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, share), batch_size=SCORING_BATCH, collate_fn=collate)
     postprocess = PostprocessConfig(
@@ -63,25 +71,24 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
     if gathered is None:
         return None
     ground_truth = json.loads((dataset_folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
-    detections = sorted(
-        (detection for part in gathered for detection in part.detections),
-        key=lambda detection: (detection["image_id"], -detection["score"]),
-    )
     counts = {name: sum(part.counts[name] for part in gathered) for name in gathered[0].counts}
-    if counts["num_detected_images"] != len(ground_truth["images"]):
+    if counts["num_detected_images"] != len(dataset):
         raise RuntimeError(
-            f"{split}: detected on {counts['num_detected_images']} images of {len(ground_truth['images'])}; "
-            "every image must count exactly once"
+            f"{split}: detected on {counts['num_detected_images']} images or tiles of {len(dataset)}; "
+            "every one must count exactly once"
         )
-    rule = spec.dataset.card.ignore_rule
-    curves = score(ground_truth, detections, max_dets=scoring.max_dets, ignore_rule=rule)
+    found = [detection for part in gathered for detection in part.detections]
+    if isinstance(dataset, TiledPictures):
+        found, counts = merge_tiles(Detected(found, counts), dataset.tiles, max_detections=scoring.max_detections)
+    detections = sorted(found, key=lambda detection: (detection["image_id"], -detection["score"]))
+    curves = score(ground_truth, detections, max_dets=scoring.max_dets, ignore_rule=options.ignore_rule)
     result = coco_result(
         curves,
         run_key=spec.run_key,
         dataset_name=spec.dataset.name,
         dataset_version=spec.dataset.version,
         split=split,
-        options=score_options(spec),
+        options=options,
         detection_counts=counts,
     )
     return Scored(result, curves, ground_truth, detections)
@@ -89,11 +96,14 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
 
 def score_options(spec: RunSpec) -> ScoreOptions:
     """How a run with this spec is scored; with the protocol and the evaluation code, what its score key is made of."""
+    card, scoring = spec.dataset.card, spec.scoring
+    tiling = scoring.tiling or card.tiling
     return ScoreOptions(
         input_size_px=spec.training.input_size_px,
         precision=spec.training.precision,  # type: ignore[arg-type]
-        ignore_rule=spec.dataset.card.ignore_rule,
-        **spec.scoring.model_dump(),
+        ignore_rule=card.ignore_rule,
+        tiling=None if tiling is None else TileGrid(size_px=tiling.size_px, overlap_px=tiling.overlap_px),
+        **scoring.model_dump(exclude={"tiling"}),
     )
 
 

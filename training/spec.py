@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from data.augment import AugmentConfig
 from data.card import DatasetCard
+from data.tiling import TileGrid
 
 
 class _Section(BaseModel):
@@ -91,7 +92,9 @@ class TrainingSpec(_Section):
 class ScoringSpec(_Section):
     """How detections are made and counted; part of the score key, not of the run key.
 
-    `max_detections` caps an image's detections over all classes; `max_dets` is the protocol's own cap.
+    `max_detections` caps an image's detections over all classes; `max_dets` is the protocol's own cap. `tiling`: look
+    at pictures tile by tile and merge what is found; without it, by the tiles of the dataset's card, if it has any,
+    else at whole pictures. Tiles larger than the pictures mean whole pictures in any case.
     """
 
     score_threshold: float = Field(0.01, ge=0, le=1)
@@ -99,6 +102,8 @@ class ScoringSpec(_Section):
     max_detections: int = Field(500, ge=1)
     max_candidates: int = Field(10_000, ge=1)
     max_dets: int = Field(100, ge=1)
+    # Left out where there is none: the keys of scores of whole pictures stay what they were.
+    tiling: TileGrid | None = Field(None, exclude_if=lambda tiling: tiling is None)
 
 
 class ComputeSpec(_Section):

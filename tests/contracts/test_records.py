@@ -94,7 +94,8 @@ def test_version_1_is_read_and_written_as_it_was(record: type[BaseModel]) -> Non
 @every_record
 def test_every_key_but_the_optional_ones_is_required_and_none_is_unknown(record: type[BaseModel]) -> None:
     content = RECORDS[record]
-    assert content.keys() == record.model_fields.keys()
+    # A field that came later is not written at its default, so that what was stored before keeps its hash.
+    assert content.keys() == {name for name, field in record.model_fields.items() if field.exclude_if is None}
     for key, field in record.model_fields.items():
         without = {name: value for name, value in content.items() if name != key}
         if field.is_required():
