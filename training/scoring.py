@@ -38,15 +38,31 @@ class Scored(NamedTuple):
     detections: list[dict[str, Any]]
 
 
-def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Split, workers: Workers) -> Scored | None:
+def score_split(
+    spec: RunSpec,
+    model: nn.Module,
+    dataset_folder: Path,
+    split: Split,
+    workers: Workers,
+    cache_folder: Path | None = None,
+) -> Scored | None:
     """Score `model` on `split`; every rank detects its share of the images. The result is on rank 0, None elsewhere.
 
+    Decoded pictures are kept in `cache_folder`, when given, for the next time.
+
     Raises:
+        UndecodableImage: an image is damaged; a score over the others would be another score.
         RuntimeError: an image was seen twice or not at all.
     """
     scoring = spec.scoring
     dataset = DetectionDataset(
-        dataset_folder, split, input_size_px=spec.training.input_size_px, augment=None, seed=0, cache_bytes=0
+        dataset_folder,
+        split,
+        input_size_px=spec.training.input_size_px,
+        augment=None,
+        seed=0,
+        cache_bytes=0,
+        cache_folder=cache_folder,
     )
     share = range(workers.rank, len(dataset), workers.world_size)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, share), batch_size=SCORING_BATCH, collate_fn=collate)

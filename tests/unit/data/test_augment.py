@@ -17,9 +17,9 @@ from data.augment import (
     fit_scale,
     flip,
     letterbox,
-    mosaic,
     shift_colour,
 )
+from data.compose import mosaic
 
 S = 64
 SEEDS = st.integers(0, 2**31)

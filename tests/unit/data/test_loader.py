@@ -100,8 +100,8 @@ def test_batches_do_not_depend_on_loader_processes(large_root: Path, num_workers
     seen = []
     for epoch, uses_mosaic in ((0, True), (1, True), (1, False)):
         sampler.set_epoch(epoch)
-        dataset.set_epoch(epoch, mosaic=uses_mosaic)
-        reference.set_epoch(epoch, mosaic=uses_mosaic)
+        dataset.set_epoch(epoch, joins=uses_mosaic)
+        reference.set_epoch(epoch, joins=uses_mosaic)
         batches = list(loader)
         assert len(batches) == 2
         for batch, indices in zip(batches, sampler, strict=True):
@@ -115,7 +115,7 @@ def test_seed_and_epoch_choose_the_augmentation(large_root: Path) -> None:
     images = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
         dataset = _dataset(large_root, AugmentConfig(), seed=seed)
-        dataset.set_epoch(epoch, mosaic=True)
+        dataset.set_epoch(epoch, joins=True)
         images.append(dataset[3].image)
     assert torch.equal(images[0], images[3])
     assert not torch.equal(images[0], images[1])
@@ -127,7 +127,7 @@ def test_without_mosaic_only_flip_and_colour_remain(root: Path) -> None:
     dataset, plain = _dataset(root, config), _dataset(root)[0]
     flips = 0
     for epoch in range(40):
-        dataset.set_epoch(epoch, mosaic=False)
+        dataset.set_epoch(epoch, joins=False)
         sample = dataset[0]
         if torch.equal(sample.image, plain.image):
             _assert_equal(sample, plain)
