@@ -92,7 +92,7 @@ def train(
         _require_finite(state, len(loader))
         metrics["time/train_s"] = time.monotonic() - started
         metrics["train/images_left_out"] = float(sampler.num_dropped)
-        skipped = _skipped(dataset, workers)
+        skipped = count_unreadable(dataset, workers)
         metrics["train/images_skipped"] = float(len(skipped))
         if skipped:
             hooks.skipped(skipped)
@@ -166,6 +166,12 @@ def train_one_epoch(
     return meter.means() | {"train/learning_rate": learning_rate_at(max(state.step - 1, 0), len(loader), spec.training)}
 
 
+def count_unreadable(dataset: DetectionDataset, workers: Workers) -> list[Path]:
+    """Files that any rank could not read in this epoch, on all ranks. Raises TooManyUnreadable."""
+    num_ranks = workers.sum(dataset.unreadable.to(workers.device, torch.int32))
+    return dataset.unreadable_paths(num_ranks > 0)
+
+
 def _require_finite(state: TrainingState, steps_per_epoch: int) -> None:
     """Raise Diverged rather than keep, score and promote what an epoch left behind."""
     weights = {**state.model.state_dict(), **state.average.module.state_dict(prefix="average.")}
@@ -175,12 +181,6 @@ def _require_finite(state: TrainingState, steps_per_epoch: int) -> None:
         raise Diverged(
             f"{what} not finite in epoch {state.epoch + 1}; lower training.learning_rate or set training.precision=fp32"
         )
-
-
-def _skipped(dataset: DetectionDataset, workers: Workers) -> list[Path]:
-    """Files that some rank could not read in this epoch; on all ranks. Raises TooManyUnreadable."""
-    num_ranks = workers.sum(dataset.unreadable.to(workers.device, torch.int32))
-    return dataset.unreadable_paths(num_ranks > 0)
 
 
 def _training_data(
