@@ -92,6 +92,7 @@ def train(
         _require_finite(state, len(loader))
         metrics["time/train_s"] = time.monotonic() - started
         metrics["train/images_left_out"] = float(sampler.num_dropped)
+        metrics["train/boxes_too_small"] = float(dataset.num_boxes_too_small)
         skipped = count_unreadable(dataset, workers)
         metrics["train/images_skipped"] = float(len(skipped))
         if skipped:

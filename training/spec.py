@@ -107,6 +107,8 @@ class ComputeSpec(_Section):
     """Where a run happens: outside the run key.
 
     The loss does not depend on it. Batch-norm statistics do, slightly: each worker normalises its own share.
+    `cache_gib`: memory of each worker, shared with its loader processes, for the decoded training split; one that does
+    not fit is kept in the node's store, in a file that all workers and later runs share.
     """
 
     workers: int = Field(2, ge=1)
