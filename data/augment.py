@@ -169,10 +169,10 @@ def warp(picture: Picture, matrix: npt.NDArray[np.float64], input_size_px: int) 
     # Pixel centres are at half-integers in box coordinates, at integers in OpenCV's.
     centred = np.column_stack((linear, shift + 0.5 * (linear.sum(axis=1) - 1.0)))
     image = cv2.warpAffine(picture.image, centred, (input_size_px, input_size_px), borderValue=(PAD_GREY,) * 3)
-    height, width = picture.image.shape[:2]
+    far_corner = np.tile(np.array(picture.image.shape[1::-1], np.float32), 2)
 
     def place(boxes_xyxy_px: Boxes) -> Boxes:
-        within = np.clip(boxes_xyxy_px, 0, (width, height, width, height))
+        within = np.clip(boxes_xyxy_px, 0, far_corner)
         return np.asarray(np.clip(_moved(within, linear, shift), 0, input_size_px), np.float32)
 
     placed, ignored = place(picture.boxes_xyxy_px), place(picture.ignore_xyxy_px)
@@ -202,6 +202,7 @@ def _flip_boxes(boxes_xyxy_px: Boxes, width_px: int) -> Boxes:
 
 def _moved(boxes_xyxy_px: Boxes, linear: npt.NDArray[np.float64], shift: npt.NDArray[np.float64]) -> Boxes:
     """Upright boxes (G, 4) around the moved corners of boxes (G, 4)."""
-    corners = boxes_xyxy_px[:, ((0, 1), (2, 1), (0, 3), (2, 3))] @ linear.T + shift
+    # In float32, as boxes are: matches of objects to anchors can turn on the last bit, and with them loss curves.
+    corners = boxes_xyxy_px[:, ((0, 1), (2, 1), (0, 3), (2, 3))] @ linear.T.astype(np.float32) + shift
     moved: Boxes = np.concatenate((corners.min(axis=1), corners.max(axis=1)), axis=1)
     return moved

@@ -9,10 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from families import SMALLEST
 from torch.utils.data import DataLoader
 
-import models
 from data.decode import UndecodableImage, read_bgr
 from data.loader import (
     AugmentConfig,
@@ -25,7 +23,6 @@ from data.loader import (
     init_worker,
 )
 from data.prepare import prepare
-from training.loop import to_device
 
 Make = Callable[..., Path]
 NO_JOIN = AugmentConfig(mosaic_probability=0, flip_probability=0, hue_gain=0, saturation_gain=0, value_gain=0)
@@ -355,59 +352,6 @@ def test_a_thousandth_of_a_split_may_be_unreadable(tmp_path: Path) -> None:
     # All of them gone: no endless search for one that can be read.
     with pytest.raises(TooManyUnreadable, match="3 of 2000"):
         dataset[0]
-
-
-def test_nine_hundred_boxes_in_one_image_all_arrive(tmp_path: Path) -> None:
-    """Of the image itself, and of the four of a mosaic that shows them whole."""
-    boxes = [[20 * (n % 30) + 2, 20 * (n // 30) + 2, 15, 15] for n in range(900)]
-    annotations = [
-        {"id": n + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 225, "iscrowd": 0}
-        for n, box in enumerate(boxes)
-    ]
-    image = {"id": 1, "file_name": "a.png", "width": 600, "height": 600, "ignore_regions_xywh": []}
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "images").mkdir()
-    content = {"images": [image], "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
-    (tmp_path / "annotations/train.json").write_text(json.dumps(content))
-    cv2.imwrite(str(tmp_path / "images/a.png"), np.zeros((600, 600, 3), np.uint8))
-    plain = _dataset(tmp_path, None, input_size_px=600)[0]
-    assert len(plain.boxes_xyxy_px) == len(plain.labels) == 900
-    assert collate([plain, plain]).image_index.tolist() == [0] * 900 + [1] * 900
-    whole = AugmentConfig(scale_min=0.33, scale_max=0.33, translate=0)
-    mosaics = _dataset(tmp_path, whole, input_size_px=600)
-    assert max(len(mosaics[0].labels) for epoch in range(5) if mosaics.set_epoch(epoch, joins=True) is None) > 2500
-
-
-@pytest.mark.parametrize("name", ["yolox-nano", "yolov8-n"])
-def test_anchors_in_ignore_regions_and_crowds_get_no_gradient_from_a_sample(root: Path, name: str) -> None:
-    """From the file's regions through the loader and the loss to the logits of every anchor point."""
-    torch.manual_seed(0)
-    detector: Any = models.build(name, num_classes=2, **SMALLEST.get(name, {}))
-    dataset = _dataset(root, input_size_px=64)
-    images, targets = to_device(collate([dataset[0], dataset[1]]), torch.device("cpu"))
-    assert images.dtype == torch.uint8
-    assert targets.ignore_image_index.tolist() == [0, 1]
-    predictions = detector(images)
-    logits = getattr(predictions, "objectness_logits", predictions.class_logits)
-    logits.retain_grad()
-    losses = detector.criterion(predictions, targets)
-    sum(losses.sums.values()).backward()
-    gradient = logits.grad.reshape(2, logits.shape[1], -1).abs().sum(dim=2)
-    x, y = predictions.anchors_xy_px.T
-    scale = 64 / 60
-    # Half a picture each: the region [0, 0, 9, 5] of image 3 and the crowd [30, 20, 50, 35] of image 7.
-    for image, (x1, y1, x2, y2) in enumerate(([0, 0, 9, 5], [30, 20, 50, 35])):
-        inside = (x > x1 * scale) & (x < x2 * scale) & (y > y1 * scale) & (y < y2 * scale)
-        assert inside.any()
-        boxes = targets.boxes_xyxy_px[targets.image_index == image]
-        near = [
-            (x > left - 16) & (x < right + 16) & (y > top - 16) & (y < bottom + 16)
-            for left, top, right, bottom in boxes
-        ]
-        background = ~torch.stack(near).any(dim=0)
-        assert (gradient[image, inside & background] == 0).all()
-        assert (gradient[image, ~inside & background] > 0).all()
-        assert (inside & background).any() or image == 0
 
 
 def test_missing_split_and_index(root: Path) -> None:
