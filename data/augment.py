@@ -1,4 +1,4 @@
-"""Transforms of one training picture and its boxes.
+"""Transforms of one training picture and its boxes; `data.compose` joins several.
 
 Legend: S input side, G ground truths, R ignore regions. Images are uint8 BGR (H, W, 3); boxes are float32 `xyxy` in
 pixels of the image at hand, origin at the top left. Every random number comes from the generator that is passed in.
@@ -6,13 +6,14 @@ pixels of the image at hand, origin at the top left. Every random number comes f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from cv2.typing import MatLike
+from pydantic import Field
 
 PAD_GREY = 114
 MIN_VISIBLE_SHARE = 0.2
@@ -23,15 +24,23 @@ Boxes = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 
+# Left out of JSON where it is off: the keys of runs without it stay what they were before it was there.
+_OffByDefault = Annotated[float, Field(exclude_if=lambda strength: strength == 0)]
+
+
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Strength of the augmentations (YOLOX's recipe without rotation, shear and mix-up, which cost tiny boxes dear).
+    """Strength of the augmentations. The defaults are YOLOX's recipe without rotation, shear and mix-up, which cost
+    tiny boxes dear.
 
     The gains are the largest shifts of OpenCV's 8-bit H, S and V, each applied to every other picture. `scale_min`,
-    `scale_max` and `translate` (share of the input side) act on mosaics only.
+    `scale_max`, `translate` (share of the input side), `rotation_degrees` and `shear_degrees` (largest angles, either
+    way) act on mosaics, and on the share `affine_probability` of the other pictures. See `data.compose` for mix-up and
+    copy-paste.
 
     Raises:
-        ValueError: a probability or `translate` is outside 0..1, a gain is negative, or the scales are out of order.
+        ValueError: a probability or `translate` is outside 0..1, a gain outside 0..255, an angle outside 0..180
+            (rotation) or 0..40 (shear), or the scales are out of order.
     """
 
     mosaic_probability: float = 1.0
@@ -42,14 +51,19 @@ class AugmentConfig:
     scale_min: float = 0.5
     scale_max: float = 1.5
     translate: float = 0.1
+    affine_probability: _OffByDefault = 0.0
+    rotation_degrees: _OffByDefault = 0.0
+    shear_degrees: _OffByDefault = 0.0
+    mixup_probability: _OffByDefault = 0.0
+    copy_paste_probability: _OffByDefault = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mosaic_probability", "flip_probability", "translate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
-        for name in ("hue_gain", "saturation_gain", "value_gain"):
-            if not 0 <= getattr(self, name) <= 255:
-                raise ValueError(f"{name} must be in 0..255, got {getattr(self, name)}")
+        limits = {"translate": 1, "rotation_degrees": 180, "shear_degrees": 40}
+        limits |= {f"{name}_probability": 1 for name in ("mosaic", "flip", "affine", "mixup", "copy_paste")}
+        limits |= {f"{name}_gain": 255 for name in ("hue", "saturation", "value")}
+        for name, limit in limits.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} must be in 0..{limit}, got {getattr(self, name)}")
         if not 0 < self.scale_min <= self.scale_max:
             raise ValueError(f"scales must be 0 < scale_min <= scale_max, got {self.scale_min} and {self.scale_max}")
 
@@ -69,13 +83,19 @@ def fit_scale(height_px: int, width_px: int, input_size_px: int) -> float:
     return min(input_size_px / height_px, input_size_px / width_px)
 
 
+def fit_hw(height_px: int, width_px: int, input_size_px: int) -> tuple[int, int]:
+    """Return height and width after `resize_to_fit`."""
+    scale = fit_scale(height_px, width_px, input_size_px)
+    return max(round(height_px * scale), 1), max(round(width_px * scale), 1)
+
+
 def resize_to_fit(image: Image, input_size_px: int) -> Image:
     """Resize by `fit_scale`. Shrinking averages over areas: plain bilinear sampling would skip tiny objects."""
     height, width = image.shape[:2]
     scale = fit_scale(height, width, input_size_px)
     if scale == 1.0:
         return image
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    size = fit_hw(height, width, input_size_px)[::-1]
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1.0 else cv2.INTER_LINEAR)
 
 
@@ -115,42 +135,50 @@ def shift_colour(image: Image, config: AugmentConfig, rng: np.random.Generator) 
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
 
 
-def mosaic(tiles: Sequence[Picture], input_size_px: int, config: AugmentConfig, rng: np.random.Generator) -> Picture:
-    """Join four pictures at a random point of a (2S, 2S) canvas, then scale and shift into the (S, S) input.
+def draw_affine(
+    source_hw: tuple[int, int], input_size_px: int, config: AugmentConfig, rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Return a random matrix (2, 3) from points of a source (H, W) to points of the (S, S) input, in pixels.
 
-    The tiles (each no larger than S) touch the point (U(S/2, 3S/2), U(S/2, 3S/2)) with their inner corners. The
-    canvas' centre goes to the input's centre, scaled by U(scale_min, scale_max), shifted by up to `translate` of S.
-    A box is kept when at least MIN_VISIBLE_SHARE of its area stays and both sides exceed MIN_SIDE_PX; one cut
-    further is gone, as most of its object is. An ignore region stays as long as any of it does.
+    The source's centre goes to the input's centre, shifted by up to `translate` of S a side; around it the source is
+    sheared along both axes, turned and scaled.
     """
-    side = 2 * input_size_px
-    canvas = np.full((side, side, 3), PAD_GREY, np.uint8)
-    x_joint, y_joint = rng.integers(input_size_px // 2, 3 * input_size_px // 2 + 1, 2).tolist()
-    boxes, regions = [], []
-    for position, tile in enumerate(tiles):
-        height, width = tile.image.shape[:2]
-        left = x_joint - width if position % 2 == 0 else x_joint
-        top = y_joint - height if position < 2 else y_joint
-        _paste(canvas, tile.image, left, top)
-        offset = np.array((left, top, left, top), np.float32)
-        boxes.append(tile.boxes_xyxy_px + offset)
-        regions.append(tile.ignore_xyxy_px + offset)
     scale = rng.uniform(config.scale_min, config.scale_max)
-    shift = (0.5 - scale + rng.uniform(-config.translate, config.translate, 2)) * input_size_px
-    matrix = np.array(((scale, 0.0, shift[0]), (0.0, scale, shift[1])))
+    shift = (0.5 + rng.uniform(-config.translate, config.translate, 2)) * input_size_px
+    linear = np.diag((scale, scale))
+    # Drawn only where they are used: recipes from before they existed keep their random numbers.
+    if config.rotation_degrees:
+        angle = np.deg2rad(rng.uniform(-config.rotation_degrees, config.rotation_degrees))
+        linear = linear @ np.array(((np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))))
+    if config.shear_degrees:
+        across, down = np.tan(np.deg2rad(rng.uniform(-config.shear_degrees, config.shear_degrees, 2)))
+        linear = linear @ np.array(((1.0, across), (down, 1.0)))
+    centre = np.array(source_hw[::-1]) / 2
+    return np.column_stack((linear, shift - linear @ centre))
+
+
+def warp(picture: Picture, matrix: npt.NDArray[np.float64], input_size_px: int) -> Picture:
+    """Return the picture moved by a matrix (2, 3) into the (S, S) input, grey where it does not reach.
+
+    A box becomes the upright box around its four moved corners: tight for scales and shifts, up to twice the object's
+    area when turned. It is kept when at least MIN_VISIBLE_SHARE of that area lies within the picture and the input,
+    and both sides exceed MIN_SIDE_PX; one cut further is gone, as most of its object is. An ignore region stays as
+    long as any of it does.
+    """
+    linear, shift = matrix[:, :2], matrix[:, 2]
     # Pixel centres are at half-integers in box coordinates, at integers in OpenCV's.
-    centred = matrix.copy()
-    centred[:, 2] += 0.5 * (scale - 1.0)
-    image = cv2.warpAffine(canvas, centred, (input_size_px, input_size_px), borderValue=(PAD_GREY,) * 3)
+    centred = np.column_stack((linear, shift + 0.5 * (linear.sum(axis=1) - 1.0)))
+    image = cv2.warpAffine(picture.image, centred, (input_size_px, input_size_px), borderValue=(PAD_GREY,) * 3)
+    far_corner = np.tile(np.array(picture.image.shape[1::-1], np.float32), 2)
 
-    def place(canvas_boxes: Boxes) -> Boxes:
-        visible = np.clip(canvas_boxes, 0, side) * scale + np.tile(shift, 2)
-        return np.asarray(np.clip(visible, 0, input_size_px), np.float32)
+    def place(boxes_xyxy_px: Boxes) -> Boxes:
+        within = np.clip(boxes_xyxy_px, 0, far_corner)
+        return np.asarray(np.clip(_moved(within, linear, shift), 0, input_size_px), np.float32)
 
-    joined, labels = np.concatenate(boxes), np.concatenate([tile.labels for tile in tiles])
-    placed, ignored = place(joined), place(np.concatenate(regions))
-    keep = (areas_px(placed) >= MIN_VISIBLE_SHARE * scale**2 * areas_px(joined)) & is_large_enough(placed)
-    return Picture(image, placed[keep], labels[keep], ignored[areas_px(ignored) > 0])
+    placed, ignored = place(picture.boxes_xyxy_px), place(picture.ignore_xyxy_px)
+    whole = areas_px(_moved(picture.boxes_xyxy_px, linear, shift))
+    keep = (areas_px(placed) >= MIN_VISIBLE_SHARE * whole) & is_large_enough(placed)
+    return Picture(image, placed[keep], picture.labels[keep], ignored[areas_px(ignored) > 0])
 
 
 def is_large_enough(boxes_xyxy_px: Boxes) -> npt.NDArray[np.bool_]:
@@ -172,10 +200,9 @@ def _flip_boxes(boxes_xyxy_px: Boxes, width_px: int) -> Boxes:
     return flipped
 
 
-def _paste(canvas: Image, image: Image, left: int, top: int) -> None:
-    """Copy the part of the image that lies on the canvas when its corner is put at (left, top)."""
-    height, width = image.shape[:2]
-    x1, y1 = max(left, 0), max(top, 0)
-    x2, y2 = min(left + width, canvas.shape[1]), min(top + height, canvas.shape[0])
-    if x1 < x2 and y1 < y2:
-        canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
+def _moved(boxes_xyxy_px: Boxes, linear: npt.NDArray[np.float64], shift: npt.NDArray[np.float64]) -> Boxes:
+    """Upright boxes (G, 4) around the moved corners of boxes (G, 4)."""
+    # In float32, as boxes are: matches of objects to anchors can turn on the last bit, and with them loss curves.
+    corners = boxes_xyxy_px[:, ((0, 1), (2, 1), (0, 3), (2, 3))] @ linear.T.astype(np.float32) + shift
+    moved: Boxes = np.concatenate((corners.min(axis=1), corners.max(axis=1)), axis=1)
+    return moved

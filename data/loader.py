@@ -1,13 +1,13 @@
 """`DetectionDataset`: a split of a prepared dataset as samples for training or scoring.
 
-Every random choice is drawn from (seed, epoch, image index), none from a worker or a rank: the same epoch gives the
-same samples however many processes load it, and after a resume.
+Every random choice is drawn from (seed, epoch, index), none from a worker or a rank: the same epoch gives the same
+samples however many processes load it, and after a resume.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +15,45 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import (
-    AugmentConfig,
-    Image,
-    Picture,
-    areas_px,
-    fit_scale,
-    flip,
-    is_large_enough,
-    mosaic,
-    pad,
-    resize_to_fit,
-    shift_colour,
-)
+from data.augment import AugmentConfig, Picture, areas_px, fit_hw, fit_scale, is_large_enough, pad, resize_to_fit
 from data.batch import Batch, Sample, collate
+from data.compose import compose
 from data.decode import UndecodableImage, read_bgr
-from data.sampler import GlobalBatchSampler
+from data.image_cache import ImageCache
+from data.sampler import GlobalBatchSampler, repeat_factors
 
 __all__ = ["AugmentConfig", "Batch", "DetectionDataset", "GlobalBatchSampler", "Sample", "collate", "init_worker"]
+
+# Of a split's images, while training; a score over fewer images would be another score.
+MAX_UNREADABLE_SHARE = 0.001
+# Names the files of cached pictures: `read_bgr` and `resize_to_fit` of another release may give other pixels.
+PIXEL_RULE = f"bgr-area-opencv{cv2.__version__}"
+
+
+class TooManyUnreadable(RuntimeError):
+    """More than MAX_UNREADABLE_SHARE of the training images cannot be read."""
 
 
 class DetectionDataset(Dataset[Sample]):
     """Samples of `<root>/annotations/<split>.json`, in the order of that file.
 
     With `augment=None` a sample is the letterboxed picture: resized by min(S/H, S/W), top left, grey 114 around it.
-    Otherwise it is, by chance, a mosaic (while `set_epoch` allows it) or the letterboxed picture, then flipped and
-    colour-shifted. Crowd boxes become ignore regions. Boxes no larger than 1 px a side in the input are left out
-    and counted in `num_boxes_too_small`, over the whole split.
+    Otherwise it is what `compose` makes of it and, while `set_epoch` allows it, of others. Crowd boxes become ignore
+    regions. Boxes no larger than 1 px a side in the input are left out and counted in `num_boxes_too_small`, over the
+    whole split.
 
-    Decoded pictures are kept at input size in this process's memory, least recently used out first, up to
-    `cache_bytes`.
+    With a `repeat_threshold`, `repeat_factors` says how often a sampler is to draw each image; index i + k N, for k
+    below the largest factor, is the k-th repetition of image i, with random numbers of its own.
+
+    Decoded pictures are kept at input size: in memory that this process shares with its loader processes (they have to
+    be forked) if the split fits into `cache_bytes`; else in a file below `cache_folder`, which belongs to one dataset
+    version, for all processes of the node and later runs; without a folder, as many as fit into memory.
+
+    An image that cannot be read is an error with `augment=None`. Else the next one of the split that can be read takes
+    its place, as sample or as part of one, and `unreadable` says so until the next epoch.
 
     Raises:
         FileNotFoundError: the split has no annotation file under `root`.
@@ -60,7 +67,9 @@ class DetectionDataset(Dataset[Sample]):
         input_size_px: int,
         augment: AugmentConfig | None,
         seed: int,
+        repeat_threshold: float = 0.0,
         cache_bytes: int = 2**30,
+        cache_folder: Path | None = None,
     ) -> None:
         path = root / "annotations" / f"{split}.json"
         if not path.is_file():
@@ -74,49 +83,89 @@ class DetectionDataset(Dataset[Sample]):
         self._paths = [root / "images" / image["file_name"] for image in document["images"]]
         self._hw: list[tuple[int, int]] = [(image["height"], image["width"]) for image in document["images"]]
         self._truths, self.num_boxes_too_small = self._read_truths(document)
-        # In shared memory, so that persistent loader processes see the next epoch too.
-        self._epoch_and_mosaic = torch.tensor([0, 1]).share_memory_()
-        self._cache = _ImageCache(cache_bytes)
+        self.repeat_factors: npt.NDArray[np.float64] | None = None
+        if repeat_threshold:
+            labels = [labels.tolist() for _, labels, _ in self._truths]
+            self.repeat_factors = repeat_factors(labels, len(self.class_names), repeat_threshold)
+        # In shared memory, so that persistent loader processes see the next epoch, and this one what they could not
+        # read: bool (N,).
+        self._epoch_and_joins = torch.tensor([0, 1]).share_memory_()
+        self.unreadable = torch.zeros(len(self._paths), dtype=torch.bool).share_memory_()
+        sizes = [fit_hw(height, width, input_size_px) for height, width in self._hw]
+        fits = sum(height * width * 3 for height, width in sizes) <= cache_bytes
+        file = None if fits or cache_folder is None else cache_folder / f"{split}-{input_size_px}px-{PIXEL_RULE}.bin"
+        self._cache = ImageCache(sizes, max_bytes=cache_bytes, path=file)
 
-    def set_epoch(self, epoch: int, *, mosaic: bool) -> None:
-        """Choose the epoch's random numbers, and whether it sees mosaics; call before iterating a loader."""
-        self._epoch_and_mosaic[0], self._epoch_and_mosaic[1] = epoch, int(mosaic)
+    def set_epoch(self, epoch: int, *, joins: bool) -> None:
+        """Choose the epoch's random numbers, and whether pictures are joined; call before iterating a loader."""
+        self._epoch_and_joins[0], self._epoch_and_joins[1] = epoch, int(joins)
+        self.unreadable.zero_()
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image index {index} must be in 0..{len(self) - 1}")
-        picture = self._picture(index)
-        picture = self._padded(picture) if self.augment is None else self._augmented(index, picture, self.augment)
+        num_indices = len(self) * (1 if self.repeat_factors is None else ceil(self.repeat_factors.max()))
+        if not 0 <= index < num_indices:
+            raise IndexError(f"image index {index} must be in 0..{num_indices - 1}")
+        shown = index % len(self)
+        if self.augment is None:
+            picture = self._picture(shown)
+            image = pad(picture.image, self.input_size_px)
+        else:
+            shown, first = self._next_readable(shown)
+            picture = self._augmented(index, shown, first, self.augment)
+            image = picture.image
         return Sample(
             # A view of (H, W, 3) memory: what `collate` turns into channels_last without a transposing copy.
-            image=torch.from_numpy(picture.image).permute(2, 0, 1),
+            image=torch.from_numpy(image).permute(2, 0, 1),
             boxes_xyxy_px=torch.tensor(picture.boxes_xyxy_px),
             labels=torch.tensor(picture.labels),
             ignore_xyxy_px=torch.tensor(picture.ignore_xyxy_px),
-            image_id=self.image_ids[index],
-            scale=fit_scale(*self._hw[index], self.input_size_px),
-            original_hw=self._hw[index],
+            image_id=self.image_ids[shown],
+            scale=fit_scale(*self._hw[shown], self.input_size_px),
+            original_hw=self._hw[shown],
         )
 
-    def _augmented(self, index: int, picture: Picture, config: AugmentConfig) -> Picture:
-        epoch, allows_mosaic = self._epoch_and_mosaic.tolist()
-        rng = np.random.default_rng((self.seed, epoch, index))
-        if allows_mosaic and rng.random() < config.mosaic_probability:
-            others = [self._picture(other) for other in rng.integers(len(self), size=3).tolist()]
-            picture = mosaic([picture, *others], self.input_size_px, config, rng)
-        else:
-            picture = self._padded(picture)
-        if rng.random() < config.flip_probability:
-            picture = flip(picture)
-        image = shift_colour(picture.image, config, rng)
-        return Picture(image, picture.boxes_xyxy_px, picture.labels, picture.ignore_xyxy_px)
+    def unreadable_paths(self, unreadable: Tensor) -> list[Path]:
+        """Return the files of the images that are true in bool (N,), such as `unreadable`, over one rank or several.
 
-    def _padded(self, picture: Picture) -> Picture:
-        image = pad(picture.image, self.input_size_px)
-        return Picture(image, picture.boxes_xyxy_px, picture.labels, picture.ignore_xyxy_px)
+        Raises:
+            TooManyUnreadable: they are more than MAX_UNREADABLE_SHARE of the split.
+        """
+        paths = [self._paths[index] for index in unreadable.nonzero().flatten().tolist()]
+        if len(paths) > MAX_UNREADABLE_SHARE * len(self):
+            named = ", ".join(str(path) for path in paths[:20]) + (", ..." if len(paths) > 20 else "")
+            raise TooManyUnreadable(
+                f"{len(paths)} of {len(self)} training images cannot be read, more than {MAX_UNREADABLE_SHARE:.1%}: "
+                f"{named}. Replace these files and prepare the dataset again; if its source is sound, delete this "
+                "node's copy of the dataset to have it fetched again"
+            )
+        return paths
+
+    def _augmented(self, index: int, shown: int, first: Picture, config: AugmentConfig) -> Picture:
+        """`first` is the picture `shown`; it is not read again."""
+        epoch, joins = self._epoch_and_joins.tolist()
+        return compose(
+            shown,
+            lambda other: first if other == shown else self._next_readable(other)[1],
+            len(self),
+            self.input_size_px,
+            config,
+            np.random.default_rng((self.seed, epoch, index)),
+            joins=bool(joins),
+        )
+
+    def _next_readable(self, index: int) -> tuple[int, Picture]:
+        """Return the first image from `index` on that can be read, around the end of the split, and its picture."""
+        while True:
+            if not self.unreadable[index]:
+                try:
+                    return index, self._picture(index)
+                except (UndecodableImage, OSError):
+                    self.unreadable[index] = True
+                    self.unreadable_paths(self.unreadable)
+            index = (index + 1) % len(self)
 
     def _picture(self, index: int) -> Picture:
         """Return the picture at input size, not yet padded; its arrays are shared and must not be written to."""
@@ -163,27 +212,6 @@ def init_worker(worker_id: int) -> None:
     del worker_id
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-class _ImageCache:
-    """Least recently used images go first once their bytes exceed the limit."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._images: OrderedDict[int, Image] = OrderedDict()
-
-    def get(self, index: int) -> Image | None:
-        image = self._images.get(index)
-        if image is not None:
-            self._images.move_to_end(index)
-        return image
-
-    def put(self, index: int, image: Image) -> None:
-        self._images[index] = image
-        self._num_bytes += image.nbytes
-        while self._num_bytes > self._max_bytes:
-            self._num_bytes -= self._images.popitem(last=False)[1].nbytes
 
 
 def _scaled_xyxy(boxes_xywh_px: list[list[float]], scale: float, input_size_px: int) -> npt.NDArray[np.float32]:

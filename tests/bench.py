@@ -5,32 +5,45 @@ Each line reads: what, the two medians, their ratio. Machines are shared and noi
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
+import cv2
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from data.loader import AugmentConfig, DetectionDataset, GlobalBatchSampler, collate, init_worker
 from models.interface import Targets
 from training.jobs import ALLOCATOR
+from training.loop import to_device
 
 REPEATS = 5
 
 
 def main() -> None:
-    """Run all comparisons, on all cores, with the memory allocator of a run's workers."""
+    """Run all comparisons, on all cores, the loader's on one, with the memory allocator of a run's workers."""
     if os.environ.get("GLIBC_TUNABLES") != ALLOCATOR:
         # Read before a process starts, and never again.
         environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE"}
         os.execve(sys.executable, [sys.executable, "-m", "tests.bench"], environment)
     torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="speck-bench-") as folder:
+        write_photos(Path(folder))
+        mosaics_from_the_cache_against_decoding(Path(folder))
+        for num_processes in (0, 1):
+            waiting_for_data(Path(folder), num_processes)
     step_in_bf16_against_fp32("yolox-nano", size_px=320)
     step_in_bf16_against_fp32("yolox-s", size_px=640)
     for name in ("yolox-nano", "yolox-tiny", "yolox-s", "yolov8-n", "yolov8-n-p2"):
@@ -145,17 +158,101 @@ def step_against_square_products(name: str, size_px: int = 640, batch: int = 8, 
     compare(f"the same: against {num_products} products of {side} x {side}", step, multiply)
 
 
-def compare(title: str, first: Callable[[], object], second: Callable[[], object]) -> None:
-    """Print both medians and first / second."""
+def write_photos(folder: Path, count: int = 48) -> None:
+    """A prepared training split of 1920x1080 JPEGs with about as many bytes as a camera's, and 50 objects in each."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    (folder / "annotations").mkdir()
+    images, annotations = [], []
+    for number in range(count):
+        coarse = rng.integers(0, 256, (68, 120, 3), np.uint8)
+        photo = cv2.resize(coarse, (1920, 1080), interpolation=cv2.INTER_CUBIC)
+        photo = cv2.add(photo, rng.integers(0, 20, photo.shape, np.uint8))
+        cv2.imwrite(str(folder / "images" / f"{number}.jpg"), photo, [cv2.IMWRITE_JPEG_QUALITY, 90])
+        images.append(
+            {"id": number, "file_name": f"{number}.jpg", "width": 1920, "height": 1080, "ignore_regions_xywh": []}
+        )
+        for x, y in rng.integers(0, (1860, 1020), (50, 2)).tolist():
+            box = {"image_id": number, "category_id": 1, "bbox": [x, y, 60, 60], "area": 3600, "iscrowd": 0}
+            annotations.append(box | {"id": len(annotations) + 1})
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "car"}]}
+    (folder / "annotations" / "train.json").write_text(json.dumps(document))
+
+
+def mosaics_from_the_cache_against_decoding(folder: Path, size_px: int = 640, num_samples: int = 16) -> None:
+    """Mosaic samples a second of one core, neighbours on it left out: always decoded, and after the first epoch."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    naive = _photos(folder, size_px, cache_bytes=0)
+    with tempfile.TemporaryDirectory(prefix="speck-bench-") as cache_folder:
+        in_memory = _photos(folder, size_px, cache_bytes=2**30)
+        in_file = _photos(folder, size_px, cache_bytes=0, cache_folder=Path(cache_folder))
+        for place, cached in (("memory", in_memory), ("a file", in_file)):
+            list(map(cached.__getitem__, range(len(cached))))
+            one, two = compare(
+                f"{num_samples} mosaics at {size_px} px of 1080p JPEGs on one core: decoded against kept in {place}",
+                lambda: list(map(naive.__getitem__, range(num_samples))),
+                lambda cached=cached: list(map(cached.__getitem__, range(num_samples))),  # type: ignore[misc]
+                time.process_time,
+            )
+            print(
+                f"    mosaics per second of one core: {num_samples / one:.0f} against {num_samples / two:.0f}",
+                flush=True,
+            )
+    cv2.setNumThreads(threads)
+
+
+def waiting_for_data(folder: Path, num_processes: int, size_px: int = 640, batch: int = 8) -> None:
+    """The share of a step in which the model waits for its batch, in the epoch after the first."""
+    dataset = _photos(folder, size_px, cache_bytes=2**30)
+    sampler = GlobalBatchSampler(len(dataset), global_batch=batch, rank=0, world_size=1, seed=0)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_processes,
+        persistent_workers=num_processes > 0,
+        worker_init_fn=init_worker,
+    )
+    detector = _detector("yolox-nano").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # The first epoch decodes.
+    list(loader)
+    shares, waited = [], time.perf_counter()
+    for loaded in loader:
+        started = time.perf_counter()
+        _step(detector, *to_device(loaded, torch.device("cpu")), bf16=True)
+        finished = time.perf_counter()
+        shares.append((started - waited) / (finished - waited))
+        waited = finished
+    share = statistics.median(shares)
+    print(
+        f"yolox-nano step at {size_px} px, batch {batch}, {num_processes} loader processes: {share:.1%} is waiting for "
+        "data",
+        flush=True,
+    )
+
+
+def _photos(folder: Path, size_px: int, **cache: Any) -> DetectionDataset:
+    return DetectionDataset(folder, "train", input_size_px=size_px, augment=AugmentConfig(), seed=0, **cache)
+
+
+def compare(
+    title: str,
+    first: Callable[[], object],
+    second: Callable[[], object],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Print both medians and first / second; return the medians."""
     first(), second()
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(REPEATS):
         for action, times in zip((first, second), seconds, strict=True):
-            started = time.perf_counter()
+            started = clock()
             action()
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
     one, two = (statistics.median(times) for times in seconds)
     print(f"{title}: {one:.3f} s / {two:.3f} s = {one / two:.2f}", flush=True)
+    return one, two
 
 
 def _fp32_step(name: str, size_px: int, batch: int, per_image: int) -> Callable[[], None]:

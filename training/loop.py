@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data.batch import Batch, collate
-from data.loader import DetectionDataset
+from data.loader import DetectionDataset, init_worker
 from data.sampler import GlobalBatchSampler
 from models.interface import Targets
 from training.meter import Meter, Progress
@@ -38,14 +38,16 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Hooks:
-    """What the surroundings do with news. All ranks call `report` and `warm_started`; only rank 0 calls `progress`.
+    """What the surroundings do with news. All ranks call all but `progress`, which is for rank 0.
 
     `report(metrics, step, epoch, save)`: `save(folder, report)` writes a checkpoint there.
+    `skipped`: the training images that an epoch could not read.
     """
 
     report: Callable[[dict[str, float], int, int, Callable[..., object]], None]
     progress: Callable[[Progress], None] = field(default=lambda _: None)
     warm_started: Callable[[WarmStart], None] = field(default=lambda _: None)
+    skipped: Callable[[list[Path]], None] = field(default=lambda _: None)
 
 
 def train(
@@ -55,8 +57,11 @@ def train(
     hooks: Hooks,
     checkpoint: Path | None = None,
     initial_weights: Path | None = None,
+    cache_folder: Path | None = None,
 ) -> tuple[TrainingState, Scored | None]:
     """Train to the last epoch, from `checkpoint` when given, else from `initial_weights` when given.
+
+    Decoded pictures that do not fit into memory are kept in `cache_folder`, when given; see `DetectionDataset`.
 
     Returns the final state, and on rank 0 the score of its weight average on the validation split.
 
@@ -64,6 +69,7 @@ def train(
         ValueError: the training split is smaller than one global batch.
         UnfitWeights: see `warm_start`.
         BadFreeze: the spec freezes what the architecture does not have.
+        TooManyUnreadable: see `DetectionDataset.unreadable_paths`.
         Diverged: the loss was not finite for MAX_NON_FINITE_STEPS steps in a row or a whole epoch, or a weight is not.
     """
     torch.manual_seed(spec.seed)
@@ -73,24 +79,29 @@ def train(
     elif initial_weights is not None:
         hooks.warm_started(warm_start(state, initial_weights))
     parallel = DistributedDataParallel(state.model) if workers.world_size > 1 else state.model
-    dataset, sampler, loader = _training_data(spec, dataset_folder, workers)
+    dataset, sampler, loader = _training_data(spec, dataset_folder, workers, cache_folder)
     validation: Scored | None = None
     validated_epoch = -1
     while state.epoch < spec.training.epochs:
         started = time.monotonic()
         closing = state.epoch >= spec.training.epochs - spec.training.closing_epochs
-        dataset.set_epoch(state.epoch, mosaic=not closing)
+        dataset.set_epoch(state.epoch, joins=not closing)
         sampler.set_epoch(state.epoch)
         metrics = train_one_epoch(spec, state, parallel, loader, workers, hooks, closing=closing)
         workers.share_buffers(state.model, state.average)
         _require_finite(state, len(loader))
         metrics["time/train_s"] = time.monotonic() - started
         metrics["train/images_left_out"] = float(sampler.num_dropped)
+        metrics["train/boxes_too_small"] = float(dataset.num_boxes_too_small)
+        skipped = count_unreadable(dataset, workers)
+        metrics["train/images_skipped"] = float(len(skipped))
+        if skipped:
+            hooks.skipped(skipped)
         metrics["train/images_per_s"] = len(loader) * spec.training.batch_size / metrics["time/train_s"]
         state.epoch += 1
         if state.epoch % spec.training.validate_every_epochs == 0 or state.epoch == spec.training.epochs:
             validating = time.monotonic()
-            validation = score_split(spec, state.average.module, dataset_folder, "val", workers)
+            validation = score_split(spec, state.average.module, dataset_folder, "val", workers, cache_folder)
             validated_epoch = state.epoch
             if validation is not None:
                 scores = validation.result.metrics
@@ -98,7 +109,7 @@ def train(
             metrics["time/validate_s"] = time.monotonic() - validating
         hooks.report(metrics, state.step, state.epoch, partial(save, spec, state))
     if validated_epoch != state.epoch:
-        validation = score_split(spec, state.average.module, dataset_folder, "val", workers)
+        validation = score_split(spec, state.average.module, dataset_folder, "val", workers, cache_folder)
     return state, validation
 
 
@@ -156,6 +167,12 @@ def train_one_epoch(
     return meter.means() | {"train/learning_rate": learning_rate_at(max(state.step - 1, 0), len(loader), spec.training)}
 
 
+def count_unreadable(dataset: DetectionDataset, workers: Workers) -> list[Path]:
+    """Files that any rank could not read in this epoch, on all ranks. Raises TooManyUnreadable."""
+    num_ranks = workers.sum(dataset.unreadable.to(workers.device, torch.int32))
+    return dataset.unreadable_paths(num_ranks > 0)
+
+
 def _require_finite(state: TrainingState, steps_per_epoch: int) -> None:
     """Raise Diverged rather than keep, score and promote what an epoch left behind."""
     weights = {**state.model.state_dict(), **state.average.module.state_dict(prefix="average.")}
@@ -168,7 +185,7 @@ def _require_finite(state: TrainingState, steps_per_epoch: int) -> None:
 
 
 def _training_data(
-    spec: RunSpec, folder: Path, workers: Workers
+    spec: RunSpec, folder: Path, workers: Workers, cache_folder: Path | None
 ) -> tuple[DetectionDataset, GlobalBatchSampler, DataLoader[Any]]:
     training, compute = spec.training, spec.compute
     dataset = DetectionDataset(
@@ -177,16 +194,26 @@ def _training_data(
         input_size_px=training.input_size_px,
         augment=training.augment,
         seed=spec.seed,
+        repeat_threshold=training.repeat_threshold,
         cache_bytes=int(compute.cache_gib * 2**30),
+        cache_folder=cache_folder,
     )
     sampler = GlobalBatchSampler(
-        len(dataset), global_batch=training.batch_size, rank=workers.rank, world_size=workers.world_size, seed=spec.seed
+        len(dataset),
+        global_batch=training.batch_size,
+        rank=workers.rank,
+        world_size=workers.world_size,
+        seed=spec.seed,
+        repeat_factors=dataset.repeat_factors,
     )
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=compute.loader_processes,
+        # Each process knows which cached pictures it has compared with their checksums.
+        persistent_workers=compute.loader_processes > 0,
+        worker_init_fn=init_worker,
         pin_memory=workers.device.type == "cuda",
     )
     return dataset, sampler, loader

@@ -41,10 +41,20 @@ class Scored(NamedTuple):
     detections: list[dict[str, Any]]
 
 
-def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Split, workers: Workers) -> Scored | None:
+def score_split(
+    spec: RunSpec,
+    model: nn.Module,
+    dataset_folder: Path,
+    split: Split,
+    workers: Workers,
+    cache_folder: Path | None = None,
+) -> Scored | None:
     """Score `model` on `split`; every rank detects its share of the images. The result is on rank 0, None elsewhere.
 
+    Decoded pictures are kept in `cache_folder`, when given, for the next time.
+
     Raises:
+        UndecodableImage: an image is damaged; a score over the others would be another score.
         RuntimeError: an image was seen twice or not at all.
     """
     scoring = spec.scoring
@@ -52,7 +62,13 @@ def score_split(spec: RunSpec, model: nn.Module, dataset_folder: Path, split: Sp
     dataset: DetectionDataset | TiledPictures
     if options.tiling is None:
         dataset = DetectionDataset(
-            dataset_folder, split, input_size_px=options.input_size_px, augment=None, seed=0, cache_bytes=0
+            dataset_folder,
+            split,
+            input_size_px=options.input_size_px,
+            augment=None,
+            seed=0,
+            cache_bytes=0,
+            cache_folder=cache_folder,
         )
     else:
         dataset = TiledPictures(dataset_folder, split, options.tiling, input_size_px=options.input_size_px)

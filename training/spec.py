@@ -60,7 +60,8 @@ class TrainingSpec(_Section):
 
     `warm_start`: the weights to begin with. In an experiment `champion`, a run key or a file; in a run's spec
     `sha256:<hex>` of what that was. `freeze`: parts of the detector, by module name, that keep their weights and their
-    normalisation.
+    normalisation. `repeat_threshold`: images with a class that fewer than this share of all images show are seen more
+    than once an epoch, see `data.sampler.repeat_factors`; 0 is off.
     """
 
     epochs: int = Field(12, ge=1)
@@ -80,6 +81,7 @@ class TrainingSpec(_Section):
     # Left out where there is none: the keys of runs that start cold stay what they were before this field was there.
     warm_start: str | None = Field(None, exclude_if=lambda weights: weights is None)
     freeze: tuple[str, ...] = Field((), exclude_if=lambda parts: not parts)
+    repeat_threshold: float = Field(0.0, ge=0, le=1, exclude_if=lambda threshold: threshold == 0)
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -110,6 +112,8 @@ class ComputeSpec(_Section):
     """Where a run happens: outside the run key.
 
     The loss does not depend on it. Batch-norm statistics do, slightly: each worker normalises its own share.
+    `cache_gib`: memory of each worker, shared with its loader processes, for the decoded training split; one that does
+    not fit is kept in the node's store, in a file that all workers and later runs share.
     """
 
     workers: int = Field(2, ge=1)

@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from data.image_cache import picture_folder
 from data.store import default_root, materialise
 from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.loop import Hooks, train
@@ -38,6 +39,7 @@ def train_worker(config: dict[str, Any]) -> None:
     dataset_folder = materialise(
         spec.dataset.name, spec.dataset.version, source=attempt.data_source, root=default_root()
     )
+    cache_folder = picture_folder(default_root(), spec.dataset.version)
     checkpoint = workers.broadcast(_newest_valid_checkpoint(run_folder) if workers.rank == 0 else None)
     if checkpoint is not None and workers.rank == 0:
         complete_journal(run_folder, attempt, checkpoint)
@@ -48,10 +50,11 @@ def train_worker(config: dict[str, Any]) -> None:
         report=_reporter(workers),
         progress=lambda news: _say(workers, _line(news)),
         warm_started=lambda taken: _say(workers, _warm_start_line(taken)),
+        skipped=lambda paths: _say(workers, _skipped_line(paths)),
     )
     weights = spec.training.warm_start
     initial_weights = None if weights is None else warm_start_path(run_folder.parent, weights)
-    state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial_weights)
+    state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial_weights, cache_folder)
     trained = time.monotonic()
     _say(workers, "scoring on the test split")
     test = score_split(spec, state.average.module, dataset_folder, "test", workers)
@@ -100,6 +103,10 @@ def _line(news: Progress) -> str:
 def _warm_start_line(taken: WarmStart) -> str:
     left = f", left as initialised: {', '.join(taken.left)}" if taken.left else ""
     return f"warm start: {taken.num_taken} of {taken.num_taken + len(taken.left)} tensors taken{left}"
+
+
+def _skipped_line(paths: list[Path]) -> str:
+    return f"skipped {len(paths)} training images that cannot be read: {', '.join(str(path) for path in paths)}"
 
 
 def _say(workers: Workers, message: str) -> None:

@@ -4,8 +4,9 @@ import colorsys
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data.augment import (
@@ -13,12 +14,16 @@ from data.augment import (
     PAD_GREY,
     AugmentConfig,
     Boxes,
+    Image,
     Picture,
+    areas_px,
+    draw_affine,
     fit_scale,
     flip,
+    is_large_enough,
     letterbox,
-    mosaic,
     shift_colour,
+    warp,
 )
 
 S = 64
@@ -33,6 +38,20 @@ def _picture(seed: int, height: int = S, width: int = S, num_boxes: int = 5) -> 
     boxes = np.concatenate((corners.min(axis=1), corners.max(axis=1)), axis=1).astype(np.float32)
     image = rng.integers(0, 256, (height, width, 3), np.uint8)
     return Picture(image, boxes, rng.integers(0, 3, num_boxes), boxes[:2])
+
+
+def _painted(rng: np.random.Generator, height: int, width: int) -> Picture:
+    """A black picture with one blue block as object and as ignore region."""
+    left, top = int(rng.integers(0, S - width + 1)), int(rng.integers(0, S - height + 1))
+    image = np.zeros((S, S, 3), np.uint8)
+    image[top : top + height, left : left + width, 0] = 255
+    box = np.array([[left, top, left + width, top + height]], np.float32)
+    return Picture(image, box, np.array([2]), box)
+
+
+def _is_blue(image: Image) -> npt.NDArray[np.bool_]:
+    blue: npt.NDArray[np.bool_] = image[..., 0].astype(int) - image[..., 1] > 100
+    return blue
 
 
 def _inside(boxes_xyxy_px: Boxes) -> bool:
@@ -80,51 +99,130 @@ def test_letterbox_moves_pixels_with_their_boxes() -> None:
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (20, 10, 50, 30)
 
 
+def _random_config(rng: np.random.Generator, **fixed: float) -> AugmentConfig:
+    values = {
+        "rotation_degrees": rng.uniform(0, 180),
+        "shear_degrees": rng.uniform(0, 40),
+        "translate": rng.uniform(0, 0.5),
+    }
+    return AugmentConfig(scale_min=0.5, scale_max=2.0, **values | fixed)
+
+
 @few
-@given(SEEDS, st.integers(1, S), st.integers(1, S))
-def test_mosaic_boxes_stay_inside_and_labels_follow(seed: int, height: int, width: int) -> None:
-    tiles = [_picture(seed + offset, height, width, num_boxes=offset) for offset in range(4)]
-    for tile in tiles:
-        tile.labels[:] = np.arange(len(tile.labels))
-    joined = mosaic(tiles, S, AugmentConfig(), np.random.default_rng(seed))
-    assert joined.image.shape == (S, S, 3)
-    assert _inside(joined.boxes_xyxy_px)
-    assert _inside(joined.ignore_xyxy_px)
-    assert len(joined.labels) == len(joined.boxes_xyxy_px)
-    assert joined.boxes_xyxy_px.dtype == joined.ignore_xyxy_px.dtype == np.float32
+@given(SEEDS, SIDES, SIDES)
+def test_warped_boxes_stay_inside_with_their_labels(seed: int, height: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    picture = _picture(seed, height, width)
+    picture.labels[:] = np.arange(5)
+    matrix = draw_affine((height, width), S, _random_config(rng), rng)
+    warped = warp(picture, matrix, S)
+    assert warped.image.shape == (S, S, 3)
+    assert _inside(warped.boxes_xyxy_px)
+    assert _inside(warped.ignore_xyxy_px)
+    assert warped.boxes_xyxy_px.dtype == warped.ignore_xyxy_px.dtype == np.float32
+    assert (areas_px(warped.ignore_xyxy_px) > 0).all()
+    # A corner that stays inside goes into the box of the same label.
+    for box, label in zip(warped.boxes_xyxy_px, warped.labels, strict=True):
+        corners = [(x, y, 1) for x in picture.boxes_xyxy_px[label, ::2] for y in picture.boxes_xyxy_px[label, 1::2]]
+        moved = np.array([matrix @ corner for corner in corners])
+        inside = (np.clip(moved, 0, S) == moved).all(axis=1, keepdims=True)
+        assert (box[:2] <= np.where(inside, moved, np.inf).min(axis=0) + 1e-3).all()
+        assert (box[2:] >= np.where(inside, moved, -np.inf).max(axis=0) - 1e-3).all()
 
 
 @settings(max_examples=150, deadline=None)
-@given(SEEDS, st.integers(4, 40), st.integers(4, 40))
-def test_mosaic_boxes_lie_on_their_pixels(seed: int, height: int, width: int) -> None:
-    """One blue block in black tiles: where it shows, the box is its extent; where too little shows, there is none."""
+@given(SEEDS, st.integers(6, 40), st.integers(6, 40))
+def test_warped_boxes_lie_on_their_pixels(seed: int, height: int, width: int) -> None:
+    """A painted block, found again: inside its box and its ignore region, and touching all their sides if uncut."""
     rng = np.random.default_rng(seed)
-    left, top = int(rng.integers(0, S - width + 1)), int(rng.integers(0, S - height + 1))
-    black = Picture(
-        np.zeros((S, S, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
-    )
-    image = black.image.copy()
-    image[top : top + height, left : left + width, 0] = 255
-    box = np.array([[left, top, left + width, top + height]], np.float32)
-    tiles = [black] * 4
-    tiles[int(rng.integers(4))] = Picture(image, box, np.array([2]), box)
-    scale = float(rng.uniform(0.5, 1.5))
-    joined = mosaic(tiles, S, AugmentConfig(scale_min=scale, scale_max=scale), rng)
+    picture = _painted(rng, height, width)
+    warped = warp(picture, draw_affine((S, S), S, _random_config(rng), rng), S)
+    rows, columns = np.nonzero(_is_blue(warped.image))
+    if not len(rows):
+        assert len(warped.boxes_xyxy_px) == 0 or areas_px(warped.boxes_xyxy_px)[0] < 60
+        return
+    extent = np.array((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    for box in (*warped.boxes_xyxy_px, *warped.ignore_xyxy_px):
+        assert (box[:2] <= extent[:2] + 1).all()
+        assert (box[2:] >= extent[2:] - 1).all()
+        if (box[:2] > 2).all() and (box[2:] < S - 2).all():
+            # The tip of a turned corner is less than half a pixel of blue.
+            np.testing.assert_allclose(box, extent, atol=3)
+    assert len(warped.ignore_xyxy_px) == 1
 
-    blue = joined.image[..., 0].astype(int) - joined.image[..., 1] > 100
-    visible_share = blue.sum() / (height * width * scale**2)
-    if len(joined.boxes_xyxy_px):
-        assert joined.labels.tolist() == [2]
-        rows, columns = np.nonzero(blue)
-        extent = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-        np.testing.assert_allclose(joined.boxes_xyxy_px[0], extent, atol=1.01)
-        np.testing.assert_array_equal(joined.boxes_xyxy_px, joined.ignore_xyxy_px)
-    perimeter_share = 2 * (height + width) * scale / (height * width * scale**2)
-    if visible_share > MIN_VISIBLE_SHARE + perimeter_share:
-        assert len(joined.boxes_xyxy_px) == 1
-    if visible_share < MIN_VISIBLE_SHARE - perimeter_share:
-        assert len(joined.boxes_xyxy_px) == 0
-    assert len(joined.ignore_xyxy_px) == 1 or not blue.any()
+
+@few
+@given(SEEDS, st.floats(0.3, 3.0))
+def test_a_box_is_kept_by_its_visible_share(seed: int, scale: float) -> None:
+    """Against a loop over boxes, some of which stick out of their picture, for a scale and a shift."""
+    rng = np.random.default_rng(seed)
+    picture = _picture(seed, num_boxes=12)
+    picture.boxes_xyxy_px[:] += np.tile(rng.uniform(-S / 2, S / 2, (12, 2)), 2)
+    dx, dy = rng.uniform(-S, S, 2)
+    expected = []
+    for (x1, y1, x2, y2), label in zip(picture.boxes_xyxy_px.tolist(), picture.labels.tolist(), strict=True):
+        left, top, right, bottom = x1 * scale + dx, y1 * scale + dy, x2 * scale + dx, y2 * scale + dy
+        seen = [max(left, 0, dx), max(top, 0, dy), min(right, S, dx + S * scale), min(bottom, S, dy + S * scale)]
+        share = max(seen[2] - seen[0], 0) * max(seen[3] - seen[1], 0) / ((right - left) * (bottom - top))
+        margin = min(abs(share - MIN_VISIBLE_SHARE), abs(seen[2] - seen[0] - 1), abs(seen[3] - seen[1] - 1))
+        assume(margin > 1e-4)
+        if share >= MIN_VISIBLE_SHARE and min(seen[2] - seen[0], seen[3] - seen[1]) > 1:
+            expected.append((*seen, label))
+    warped = warp(picture, np.array(((scale, 0, dx), (0, scale, dy))), S)
+    found = np.column_stack((warped.boxes_xyxy_px, warped.labels))
+    np.testing.assert_allclose(found, np.array(expected).reshape(-1, 5), atol=1e-3)
+
+
+@few
+@given(SEEDS, SIDES, SIDES)
+def test_an_affine_matrix_keeps_what_it_promises(seed: int, height: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    config = _random_config(rng)
+    matrix = draw_affine((height, width), S, config, rng)
+    centre = matrix @ (width / 2, height / 2, 1)
+    assert (abs(centre - S / 2) <= config.translate * S + 1e-6).all()
+    # Turning keeps areas, shearing by two angles changes them by 1 - tan tan.
+    shearing = np.tan(np.deg2rad(config.shear_degrees)) ** 2
+    area = np.linalg.det(matrix[:, :2])
+    assert 0.5**2 * (1 - shearing) - 1e-9 <= area <= 2.0**2 * (1 + shearing) + 1e-9
+    turned = draw_affine((height, width), S, replace(config, shear_degrees=0.0), rng)[:, :2]
+    scale = np.sqrt(np.linalg.det(turned))
+    np.testing.assert_allclose(turned @ turned.T, np.eye(2) * scale**2, atol=1e-9)
+    assert abs(np.rad2deg(np.arctan2(turned[1, 0], turned[0, 0]))) <= config.rotation_degrees + 1e-6
+
+
+def test_a_quarter_turn_moves_pixels_exactly() -> None:
+    picture = _picture(3)
+    quarter = np.array(((0.0, -1.0, S), (1.0, 0.0, 0.0)))
+    turned = warp(picture, quarter, S)
+    np.testing.assert_array_equal(turned.image, np.rot90(picture.image, -1))
+    x1, y1, x2, y2 = picture.boxes_xyxy_px.T
+    expected = np.stack((S - y2, x1, S - y1, x2), axis=1)
+    np.testing.assert_allclose(turned.boxes_xyxy_px, expected[is_large_enough(expected)], atol=1e-4)
+
+
+def test_angles_that_are_off_take_no_random_numbers() -> None:
+    """A recipe from before they existed gives the samples that it gave."""
+    one, two = np.random.default_rng(1), np.random.default_rng(1)
+    matrix = draw_affine((2 * S, 2 * S), S, AugmentConfig(), one)
+    scale, shift = two.uniform(0.5, 1.5), two.uniform(-0.1, 0.1, 2)
+    np.testing.assert_allclose(matrix, np.column_stack((np.eye(2) * scale, (0.5 - scale + shift) * S)))
+    assert one.random() == two.random()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mosaic_probability", 1.1), ("copy_paste_probability", -0.1), ("mixup_probability", 2), ("affine_probability", 2),
+     ("rotation_degrees", 181), ("shear_degrees", 41), ("hue_gain", 256), ("translate", float("nan"))],
+)  # fmt: skip
+def test_impossible_strengths_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be in 0\.\.\d+, got {value}"):
+        AugmentConfig(**{name: value})
+
+
+def test_scales_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"0 < scale_min <= scale_max, got 1\.0 and 0\.5"):
+        AugmentConfig(scale_min=1.0, scale_max=0.5)
 
 
 def test_colour_shift_matches_a_loop_over_pixels() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from torch.utils.data import DataLoader
 
 from data.augment import AugmentConfig
 from data.batch import collate
-from data.loader import DetectionDataset
+from data.decode import UndecodableImage
+from data.loader import DetectionDataset, TooManyUnreadable
 from models.interface import Losses
 from training.checkpoint import verify_checkpoint
-from training.loop import MAX_NON_FINITE_STEPS, Diverged, Hooks, train, train_one_epoch
+from training.loop import MAX_NON_FINITE_STEPS, Diverged, Hooks, count_unreadable, train, train_one_epoch
 from training.meter import Progress
-from training.spec import RunSpec
+from training.spec import ComputeSpec, RunSpec
 from training.state import TrainingState, build_state
 from training.workers import Workers
 
@@ -99,6 +102,78 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     assert one is not None
     assert two is not None
     assert one.detections == two.detections
+
+
+@pytest.fixture
+def damaged(tiny: Any, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a copy of `tiny` in which the first image of a split is cut short, and returns that image."""
+
+    def damage(split: str) -> Path:
+        path = shutil.copytree(tiny.folder, tmp_path / "damaged") / "images" / f"{split}-000.png"
+        path.write_bytes(path.read_bytes()[:-300])
+        return path
+
+    return damage
+
+
+def test_an_unreadable_image_is_counted_and_named_in_every_epoch(
+    damaged: Callable[[str], Path], tiny_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.loader.MAX_UNREADABLE_SHARE", 0.1)
+    path, reports, named = damaged("train"), Reports(), []
+    hooks = replace(reports.hooks(), skipped=named.append)
+    train(tiny_spec(batch_size=8, epochs=2), path.parents[1], ALONE, hooks)
+    assert [metrics["train/images_skipped"] for metrics in reports.metrics] == [1, 1]
+    assert named == [[path], [path]]
+
+
+def test_ranks_count_together_what_they_could_not_read(
+    tiny: Any, tiny_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of 24 on one rank, and one of these and another one on the second."""
+
+    class Two(Workers):
+        def sum(self, values: Tensor) -> Tensor:
+            return values + torch.tensor([1, 0, 1] + [0] * 21, dtype=values.dtype)
+
+    dataset = DetectionDataset(tiny.folder, "train", input_size_px=64, augment=PLAIN, seed=0)
+    dataset.unreadable[2] = dataset.unreadable[5] = True
+    monkeypatch.setattr("data.loader.MAX_UNREADABLE_SHARE", 3 / 24)
+    found = count_unreadable(dataset, Two(0, 2, torch.device("cpu")))
+    assert [path.name for path in found] == ["train-000.png", "train-002.png", "train-005.png"]
+    monkeypatch.setattr("data.loader.MAX_UNREADABLE_SHARE", 2 / 24)
+    with pytest.raises(TooManyUnreadable, match="3 of 24"):
+        count_unreadable(dataset, Two(0, 2, torch.device("cpu")))
+
+
+def test_one_unreadable_image_of_few_stops_the_run(damaged: Callable[[str], Path], tiny_spec: MakeSpec) -> None:
+    path, reports = damaged("train"), Reports()
+    with pytest.raises(TooManyUnreadable, match=r"1 of 24 .*train-000\.png"):
+        train(tiny_spec(batch_size=8), path.parents[1], ALONE, reports.hooks())
+    assert reports.metrics == []
+
+
+def test_an_unreadable_validation_image_stops_scoring(
+    damaged: Callable[[str], Path], tiny_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.loader.MAX_UNREADABLE_SHARE", 1.0)
+    path, reports = damaged("val"), Reports()
+    with pytest.raises(UndecodableImage, match=r"val-000\.png: truncated"):
+        train(tiny_spec(batch_size=8), path.parents[1], ALONE, reports.hooks())
+
+
+def test_rare_classes_and_a_picture_cache_change_the_epoch_as_asked(
+    tiny: Any, tiny_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """More steps, and two files of pictures, from which a second run learns the same."""
+    spec = tiny_spec(batch_size=4, repeat_threshold=1, epochs=1, compute=ComputeSpec(workers=1, cache_gib=0))
+    one, two = Reports(), Reports()
+    train(spec, tiny.folder, ALONE, one.hooks(), cache_folder=tmp_path)
+    assert one.steps[0][0] > 24 // 4
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["train", "val"]
+    train(spec, tiny.folder, ALONE, two.hooks(), cache_folder=tmp_path)
+    assert one.metrics[0]["train/loss"] == two.metrics[0]["train/loss"]
+    assert one.metrics[0]["train/images_skipped"] == 0
 
 
 def test_a_finished_run_is_only_scored_again(tiny: Any, tiny_spec: MakeSpec, tmp_path: Path) -> None:
