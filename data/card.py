@@ -10,6 +10,9 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data.splits import SplitRule
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]*$"
 CATALOG = Path(__file__).parent / "catalog"
 
 
@@ -27,19 +30,22 @@ class DatasetCard(BaseModel):
     `classes` are in label order: label i (0-based) is category id i+1 of the prepared COCO files.
     `ignore_rule`: what happens to boxes in ignore regions when scoring: `none`, or
     `covered-half` (dropped when at least half of their own area lies in the union of the regions).
+    `sources` says where the data was published. `splits`: see `SplitRule`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=NAME_PATTERN)
     description: str
     licence: str
     format: Literal["procedural", "coco", "voc", "yolo", "visdrone", "uavdt"]
     source: str
+    sources: tuple[str, ...] = ()
     classes: tuple[str, ...] = Field(min_length=1)
     protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] = "coco"
     ignore_rule: Literal["none", "covered-half"] = "none"
+    splits: SplitRule = SplitRule()
 
     @field_validator("classes")
     @classmethod

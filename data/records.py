@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from data.problems import Problem
@@ -47,6 +48,14 @@ class Split:
     problems: list[Problem] = field(default_factory=list)
     num_boxes_clipped: int = 0
     num_boxes_excluded: int = 0
+
+    def report(self, path: Path, rule: str, remedy: str, *, line: int | None = None, column: int | None = None) -> None:
+        """Add an error, which stops preparation."""
+        self.problems.append(Problem(path, line, rule, remedy, "error", column))
+
+    def warn(self, path: Path, rule: str, remedy: str, *, line: int | None = None) -> None:
+        """Add a warning: something that is mended or left out when prepared."""
+        self.problems.append(Problem(path, line, rule, remedy, "warning"))
 
 
 def clip_xywh(box_xywh_px: Iterable[float], width_px: int, height_px: int) -> XYWH | None:
