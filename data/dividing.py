@@ -74,8 +74,14 @@ class Divider:
             )
             self._report(f"{what} that are in several splits", "Left out when prepared: put them into one", "warning")
         divided: dict[str, list[str]] = {split: [] for split in SPLITS}
+        homes: dict[str, set[str]] = {}
         for name, split in assigned.splits.items():
             divided[split].append(name)
+            homes.setdefault(groups[name], set()).add(split)
+        torn = [group for group, found in homes.items() if len(found) > 1]
+        if torn and rule.sequence is not None:
+            what = f"{len(torn)} sequences, for example {_examples(torn)}, are in several splits as the files have it"
+            self._report(what, "Kept: a score is only fair if a sequence stays in one", "warning")
         return divided
 
     def _groups(self, names: Sequence[str], rule: SplitRule) -> dict[str, str]:

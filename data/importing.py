@@ -142,7 +142,7 @@ def _notes(name: str, labels: Labels, known: KnownCard | None) -> list[str]:
     if labels.problems:
         notes.append(f"{len(labels.problems)} warnings about labels; see speck data check {name}")
     if known is not None:
-        notes.append(f"{name} is known: its card comes from data/known/{name}.yaml (licence: see its sources)")
+        notes.append(f"{name} is known: its card comes from data/known/{name}.yaml")
         notes += [f"warning: not as published: {difference}" for difference in differences(known, labels.splits)]
     return notes
 

@@ -64,7 +64,7 @@ def read_yolo(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str
         if label_file is None:
             without.append(name)
         else:
-            _read_labels(folder / label_file, content.names, labels, boxes)
+            read_label_file(folder / label_file, content.names, labels, boxes)
 
     divided = divide(content.listed)
     read_pictures(folder, splits, divided, read_labels)
@@ -79,7 +79,8 @@ def read_yolo(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str
     return splits
 
 
-def _read_labels(path: Path, names: Sequence[str], labels: dict[str, int], boxes: ImageBoxes) -> None:
+def read_label_file(path: Path, names: Sequence[str], labels: dict[str, int], boxes: ImageBoxes) -> None:
+    """Read one file into `boxes`; `names` by the number in the file, `labels` by name."""
     content = boxes.content
     try:
         for row in read_rows(path, "space"):
