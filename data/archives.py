@@ -136,6 +136,9 @@ def _unpack_tar(archive: Path, budget: _Budget) -> None:
         stream = _Metered(cast("IO[bytes]", raw), budget)
         with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as content:
             while (member := stream.header_of(content)) is not None:
+                # `tar -C folder .` has a member for the folder itself.
+                if member.isdir() and member.name == ".":
+                    continue
                 budget.check_name(member.name)
                 if member.isdir():
                     continue

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from data.archives import MAX_FILES, MAX_TOTAL_BYTES
@@ -23,7 +23,11 @@ SCHEME = "s3://"
 _NUM_THREADS = 8
 _NUM_ATTEMPTS = 5
 _CHUNK_BYTES = 2**20
-_CONFIG = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": _NUM_ATTEMPTS, "mode": "standard"}}
+_CONFIG = {
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "retries": {"total_max_attempts": _NUM_ATTEMPTS, "mode": "standard"},
+}
 _REMEDY = "Check the address, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
 
 
@@ -51,8 +55,8 @@ def download(url: str, target: Path) -> None:
     prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
     target.mkdir(parents=True)
     try:
-        # Path style: own servers have no name for every bucket.
-        client = boto3.client("s3", config=Config(**_CONFIG, s3={"addressing_style": "path"}))
+        # A session of its own reads the environment anew. Path style: own servers have no name for every bucket.
+        client = boto3.Session().client("s3", config=Config(**_CONFIG, s3={"addressing_style": "path"}))
         objects = list(_listed(client, url, bucket, prefix))
         _check_room(url, objects, target)
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -95,9 +99,10 @@ def _fetch(client: Any, bucket: str, entry: _Object, path: Path) -> None:
         try:
             _fetch_once(client, bucket, entry, path)
             return
-        except (HTTPClientError, HTTPError, _Incomplete):
-            # boto3 itself tries again only until the body begins.
-            if attempt == _NUM_ATTEMPTS - 1:
+        except (BotoCoreError, ClientError, HTTPError, _Incomplete) as error:
+            # boto3 itself tries again only until the body begins. What the service refuses it will refuse again.
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 500
+            if attempt == _NUM_ATTEMPTS - 1 or status < 500:
                 raise
 
 
