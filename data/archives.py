@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
 import shutil
@@ -31,7 +32,7 @@ _MAX_HEADER_BYTES = 2**20
 _CHUNK_BYTES = 2**20
 # What zipfile and tarfile raise on damaged files; a RuntimeError is a missing password.
 _DAMAGED = (
-    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, struct.error,
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error,
     EOFError, ValueError, OverflowError, NotImplementedError, RuntimeError,
 )  # fmt: skip
 
@@ -56,7 +57,10 @@ def unpack(archive: Path, target: Path) -> None:
             _unpack_tar(archive, budget)
     except ImportRefused:
         raise
-    except _DAMAGED as error:
+    except (*_DAMAGED, OSError) as error:
+        # A damaged zip sends its reader to places before its beginning, which the system calls an invalid argument.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise ImportRefused(f"{archive}: damaged, or packed in a way that is not read here: {error}") from error
 
 
