@@ -10,8 +10,8 @@ from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-# The labels of a picture with 50,000 boxes take half of it; a longer file is a mistake, or meant to fill the memory.
-MAX_LABEL_BYTES = 4 * 2**20
+# A picture of 20,000 boxes stays below it, and a sequence of video; a longer file is a mistake, or meant to take hours.
+MAX_LABEL_BYTES = 2 * 2**20
 # A list names each picture in about 60 bytes: four million pictures.
 MAX_LIST_BYTES = 256 * 2**20
 # No format here has more than 9 fields.

@@ -14,6 +14,9 @@ from data.problems import Problem
 
 SPLITS: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
 
+# Of one file; each takes about half a kilobyte.
+_MAX_PROBLEMS = 100_000
+
 XYWH = tuple[float, float, float, float]
 
 
@@ -48,14 +51,27 @@ class Split:
     problems: list[Problem] = field(default_factory=list)
     num_boxes_clipped: int = 0
     num_boxes_excluded: int = 0
+    _num_problems: dict[Path, int] = field(default_factory=dict, repr=False)
+    _places_of_rest: dict[Path, int] = field(default_factory=dict, repr=False)
 
     def report(self, path: Path, rule: str, remedy: str, *, line: int | None = None, column: int | None = None) -> None:
         """Add an error, which stops preparation."""
-        self.problems.append(Problem(path, line, rule, remedy, "error", column))
+        self._add(Problem(path, line, rule, remedy, "error", column))
 
     def warn(self, path: Path, rule: str, remedy: str, *, line: int | None = None) -> None:
         """Add a warning: something that is mended or left out when prepared."""
-        self.problems.append(Problem(path, line, rule, remedy, "warning"))
+        self._add(Problem(path, line, rule, remedy, "warning"))
+
+    def _add(self, problem: Problem) -> None:
+        """Keep the problem, or count it in a last one when its file has more than memory should hold."""
+        number = self._num_problems[problem.path] = self._num_problems.get(problem.path, 0) + 1
+        if number <= _MAX_PROBLEMS:
+            self.problems.append(problem)
+            return
+        rule = f"{number - _MAX_PROBLEMS} more problems of this file are not listed"
+        rest = Problem(problem.path, None, rule, "Correct the others first")
+        place = self._places_of_rest.setdefault(problem.path, len(self.problems))
+        self.problems[place : place + 1] = [rest]
 
 
 def clip_xywh(box_xywh_px: Iterable[float], width_px: int, height_px: int) -> XYWH | None:

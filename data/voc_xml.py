@@ -17,8 +17,6 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 IMAGE_FIELDS = frozenset({"filename", "size/width", "size/height"})
 OBJECT_FIELDS = frozenset({"name", "difficult", *(f"bndbox/{side}" for side in SIDES)})
 _MAX_DEPTH = 4  # annotation/object/bndbox/xmin
-# Others put more into these files, but not this much.
-_MAX_NESTING = 20
 
 
 class UnreadableXml(ValueError):
@@ -82,8 +80,6 @@ class _Handler(ContentHandler):
     def startElement(self, name: str, attrs: AttributesImpl) -> None:  # noqa: ARG002, N802
         self._path.append(name)
         self._text = []
-        if len(self._path) > _MAX_NESTING:
-            raise UnreadableXml(f"nested deeper than {_MAX_NESTING} levels", self._line())
         if len(self._path) == 1 and name != "annotation":
             raise UnreadableXml(f"the root must be <annotation>, found <{name}>", self._line())
         if len(self._path) == 2 and name == "object":

@@ -34,7 +34,7 @@ class YoloFolder:
 
     def __init__(self, folder: Path, source: Path, names: tuple[str, ...], entries: dict[str, list[str]]) -> None:
         self.folder, self.source, self.names = folder, source, names
-        self.problems: list[Problem] = []
+        self._content = Split()
         files = files_below(folder)
         self._files = set(files)
         self._owners: dict[str, str] = {}
@@ -42,11 +42,8 @@ class YoloFolder:
         self.pictures = [name for name in files if is_picture(name)]
         unsafe = [name for name in self.pictures if not is_safe_name(name)]
         if unsafe:
-            self._fault(
-                folder,
-                f"{len(unsafe)} names of pictures cannot be written down, for example {unsafe[0]!r}",
-                "Rename them",
-            )
+            rule = f"{len(unsafe)} names of pictures cannot be written down, for example {unsafe[0]!r}"
+            self._content.report(folder, rule, "Rename them")
         self.listed: dict[str, list[str]] = {}
         for split, places in (entries or self._darknet_lists()).items():
             self.listed[split] = [name for place in places for name in self._at(split, place)]
@@ -59,9 +56,12 @@ class YoloFolder:
         if len(labelled) < len(rest):
             number = len(rest) - len(labelled)
             rule = f"{number} pictures are in no split and have no label file"
-            self.problems.append(
-                Problem(folder, None, rule, "Left out when prepared: list them to use them", "warning")
-            )
+            self._content.warn(folder, rule, "Left out when prepared: list them to use them")
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with lists and names."""
+        return self._content.problems
 
     def label_file(self, picture: str) -> str | None:
         """Return the name of a picture's label file, or None where there is none."""
@@ -101,10 +101,12 @@ class YoloFolder:
 
     def _at(self, split: str, place: str) -> Iterator[str]:
         """Yield the pictures of one entry: a folder, a list, or a picture itself."""
-        found = self._find(place, [self.source.parent])
+        found = next(
+            (name for name in _below(place, [self._relative(self.source.parent)]) if self._is_there(name)), None
+        )
         if found is None:
             rule = f"{split}: {place!r} is no file or folder below this one"
-            self._fault(self.source, rule, "Give a path relative to the dataset's folder that stays in it")
+            self._content.report(self.source, rule, "Give a path relative to the dataset's folder that stays in it")
             return
         if found in self._files and not is_picture(found):
             yield from self._list(found)
@@ -112,9 +114,8 @@ class YoloFolder:
         prefix = "" if found == "." else f"{found}/"
         names = [name for name in self.pictures if name == found or name.startswith(prefix)]
         if not names:
-            self._fault(
-                self.source, f"{split}: the split has no images in {place!r}", "Add pictures or correct the path"
-            )
+            rule = f"{split}: the split has no images in {place!r}"
+            self._content.report(self.source, rule, "Add pictures or correct the path")
         for name in names:
             if is_safe_name(name):
                 yield from self._take(name, f"{self.source.name} ({split})", self.source, None)
@@ -122,52 +123,46 @@ class YoloFolder:
     def _list(self, list_name: str) -> Iterator[str]:
         path = self.folder / list_name
         self._lists.add(list_name)
+        bases = [posixpath.dirname(list_name), ""]
         is_empty = True
         try:
             for line, text in read_lines(path, MAX_LIST_BYTES):
                 is_empty = False
-                found = self._find(text.strip(), [path.parent, self.folder])
-                if found is None or found not in self._files or not is_picture(found) or not is_safe_name(found):
+                found = next((name for name in _below(text.strip(), bases) if name in self._files), None)
+                if found is None or not is_picture(found) or not is_safe_name(found):
                     rule = f"{text.strip()!r} is no picture below this folder"
-                    self._fault(
-                        path, rule, "Add it, or give a path relative to the list that stays in the dataset", line
-                    )
+                    remedy = "Add it, or give a path relative to the list that stays in the dataset"
+                    self._content.report(path, rule, remedy, line=line)
                 else:
                     yield from self._take(found, f"{path.name}:{line}", path, line)
         except UnreadableFile as error:
-            self._fault(path, str(error), "Write the list again")
+            self._content.report(path, str(error), "Write the list again")
             return
         if is_empty:
-            self._fault(path, "the split has no images", "Training needs train, val and test images")
+            self._content.report(path, "the split has no images", "Training needs train, val and test images")
 
     def _take(self, name: str, owner: str, path: Path, line: int | None) -> Iterator[str]:
         if name in self._owners:
             rule = f"{name!r} is in {self._owners[name]} already, so it would count twice or leak"
-            self._fault(path, rule, "Keep it in one split, once", line)
+            self._content.report(path, rule, "Keep it in one split, once", line=line)
         else:
             self._owners[name] = owner
             yield name
 
-    def _find(self, place: str, bases: list[Path]) -> str | None:
-        """Return a path as a name below the folder, if it is there; never one that leaves the folder."""
-        if not place or place.startswith("/"):
-            return None
-        # Some exports write `../train/images` for a folder beside the file.
-        for base in bases:
-            for text in (place, place.removeprefix("../")):
-                name = posixpath.normpath(posixpath.join(base.relative_to(self.folder).as_posix(), text))
-                if (name == "." or is_safe_name(name)) and (name in self._files or self._is_folder(name)):
-                    return name
-        return None
+    def _is_there(self, name: str) -> bool:
+        return name in self._files or _is_dir(self.folder / name)
 
-    def _is_folder(self, name: str) -> bool:
-        try:
-            return (self.folder / name).is_dir()
-        except OSError:
-            return False
 
-    def _fault(self, path: Path, rule: str, remedy: str, line: int | None = None) -> None:
-        self.problems.append(Problem(path, line, rule, remedy))
+def _below(place: str, bases: list[str]) -> Iterator[str]:
+    """Yield what a relative path may mean, as names below the folder; never one that leaves it."""
+    if not place or place.startswith("/"):
+        return
+    # Some exports write `../train/images` for a folder beside the file.
+    for base in bases:
+        for text in (place, place.removeprefix("../")):
+            name = posixpath.normpath(posixpath.join(base, text))
+            if name == "." or is_safe_name(name):
+                yield name
 
 
 def read_folder(folder: Path) -> YoloFolder:
