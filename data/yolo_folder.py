@@ -11,6 +11,7 @@ from data.dividing import UNASSIGNED
 from data.label_files import MAX_LIST_BYTES, UnreadableFile, is_safe_name, read_lines
 from data.pictures import files_below, is_picture
 from data.problems import Problem
+from data.records import Split
 from data.yaml_file import UnreadableYaml, read_mapping
 
 _FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
