@@ -53,9 +53,9 @@ def read_yolo(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str
     try:
         content = read_folder(folder)
     except UnreadableFolder as error:
-        first.problems.append(error.problem)
+        first.extend([error.problem])
         return splits
-    first.problems += content.problems
+    first.extend(content.problems)
     labels = {name: label for label, name in enumerate(classes)}
     without: list[str] = []
 

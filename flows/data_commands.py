@@ -26,7 +26,7 @@ def import_command(
     """Register a dataset where it lies or as a copy: data/raw/NAME, a card in data/catalog, a line in params.yaml.
 
     Archives and what comes from S3 are copied. Splits that the files lack are divided by the pictures' content; see
-    `splits` in the card. Known by name, with classes, protocol and expected counts: neu-det, visdrone-det, uavdt,
+    `splits` in the card. Known by name, with classes, protocol and expected counts: neu-det, visdrone, uavdt,
     tinyindus.
     """
     from data.card import did_you_mean

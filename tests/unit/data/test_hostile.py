@@ -195,5 +195,5 @@ def test_problems_beyond_all_bounds_are_counted(tmp_path: Path, monkeypatch: pyt
     content.report(tmp_path / "a", "rule", "remedy")
     assert [(problem.path.name, problem.line, problem.rule) for problem in content.problems] == [
         ("a", 1, "rule"), ("a", 2, "rule"), ("a", 3, "rule"),
-        ("a", None, "5 more problems of this file are not listed"), ("b", None, "rule"),
+        ("b", None, "rule"), ("a", None, "5 more problems of this file are not listed"),
     ]  # fmt: skip

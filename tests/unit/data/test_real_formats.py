@@ -75,7 +75,7 @@ def test_visdrone_val_annotations() -> None:
         boxes = ImageBoxes(content, *sizes[path.stem])
         rows += read_annotations(path, CLASSES, boxes)
         records.append(boxes.record(0, path.stem))
-    known = find_known("visdrone-det")
+    known = find_known("visdrone")
     assert known is not None
     assert known.expected["val"].model_dump() == {"images": len(records), "boxes": 38_759}
     assert rows[0] == sum(len(record.ignore_xywh_px) for record in records) == 1378

@@ -57,7 +57,7 @@ def test_known_cards_are_sound(name: str) -> None:
     assert known is not None
     assert known.sources
     assert not (KNOWN.parent / "catalog" / f"{name}.yaml").exists(), "known is not registered"
-    assert known_names() == ["neu-det", "tinyindus", "uavdt", "visdrone-det"]
+    assert known_names() == ["neu-det", "tinyindus", "uavdt", "visdrone"]
     assert find_known("../known/neu-det") is None
 
 
@@ -87,13 +87,13 @@ def known_folder(coco_folder: Make, names: tuple[str, str]) -> Path:
 
 def test_a_known_card_is_used_by_name(coco_folder: Make, make_repo: Make) -> None:
     source, repo = known_folder(coco_folder, ("truck", "car")), make_repo()
-    card, notes = register("visdrone-det", source, repo=repo)
+    card, notes = register("visdrone", source, repo=repo)
     assert (card.format, card.protocol, card.ignore_rule) == ("coco", "visdrone", "covered-half")
     assert card.classes[3:6] == ("car", "van", "truck")
-    assert "visdrone-det is known: its card comes from data/known/visdrone-det.yaml" in notes
+    assert "visdrone is known: its card comes from data/known/visdrone.yaml" in notes
     assert "warning: not as published: train: expected 6471 images, found 2" in notes
     assert "warning: not as published: val: expected 38759 boxes, found 4" in notes
-    content = yaml.safe_load((repo / "data/catalog/visdrone-det.yaml").read_text())
+    content = yaml.safe_load((repo / "data/catalog/visdrone.yaml").read_text())
     assert content["sources"][0].startswith("Zhu")
     assert "expected" not in content
 
@@ -106,7 +106,7 @@ def test_a_licence_that_is_given_holds(coco_folder: Make, make_repo: Make) -> No
 def test_other_classes_than_known_are_refused(coco_folder: Make, make_repo: Make) -> None:
     repo = make_repo()
     with pytest.raises(ImportRefused, match=r"classes boat are none of those known .* Import it under another name"):
-        register("visdrone-det", coco_folder(), repo=repo)
+        register("visdrone", coco_folder(), repo=repo)
     assert list((repo / "data/catalog").iterdir()) == []
 
 
