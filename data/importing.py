@@ -127,6 +127,8 @@ def _labels(format: str, folder: Path, known: KnownCard | None) -> tuple[Labels,
     errors = [problem for problem in labels.problems if problem.severity == "error"]
     if errors:
         raise ImportRefused(f"{str(folder)!r}: not sound {format} data. Correct what is wrong:\n{listing(errors)}")
+    if not any(content.images for content in labels.splits.values()):
+        raise ImportRefused(f"{str(folder)!r}: no picture is in any split:\n{listing(labels.divider.problems)}")
     if not names:
         raise ImportRefused(f"{str(folder)!r}: no annotation file holds an object, so there is no class. Add labels")
     return labels, classes

@@ -113,23 +113,37 @@ class _Reader:
         for place in places:
             split = _split_of(place.name) if place != self.folder else UNASSIGNED
             content = self.splits.get(split, self.splits["train"])
-            files = sorted(
-                path for path in (place / "images").iterdir() if is_picture(path.name) and not is_hidden(path.name)
-            )
-            names = [path.relative_to(self.folder).as_posix() for path in files]
+            names = _pictures(place)
+            if not names:
+                content.report(place / "images", "the split has no images", "Add the pictures")
             for name in names:
                 if not is_safe_name(name):
                     content.report(place, f"{name!r} is not a file name that can be written down", "Rename the picture")
-            listed.setdefault(split, []).extend(name for name in names if is_safe_name(name))
-            lonely = sorted(
-                {path.stem for path in (place / "annotations").glob("*.txt")} - {path.stem for path in files}
-            )
+            prefix = (place / "images").relative_to(self.folder)
+            listed.setdefault(split, []).extend((prefix / name).as_posix() for name in names if is_safe_name(name))
+            annotations = {path.stem for path in (place / "annotations").glob("*.txt")}
+            lonely = sorted(annotations - {PurePosixPath(name).stem for name in names})
             if lonely:
-                rule = (
-                    f"{len(lonely)} annotation files have no picture, for example {', '.join(lonely[:_NUM_EXAMPLES])}"
-                )
+                examples = ", ".join(lonely[:_NUM_EXAMPLES])
+                rule = f"{len(lonely)} annotation files have no picture, for example {examples}"
                 content.warn(place / "annotations", rule, "Left out when prepared: add the pictures")
+        for place in _subfolders(self.folder):
+            num_pictures = len(_pictures(place)) if place not in places else 0
+            if num_pictures:
+                rule = f"{num_pictures} pictures have no annotations beside them"
+                self.splits["train"].warn(place, rule, "Left out when prepared: add annotations/")
         return listed
+
+
+def _pictures(place: Path) -> list[str]:
+    folder = place / "images"
+    found = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(name for name in found if is_picture(name) and not is_hidden(name))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_dir() and not is_hidden(path.name))
 
 
 def _annotation(picture: str) -> PurePosixPath:
@@ -139,14 +153,9 @@ def _annotation(picture: str) -> PurePosixPath:
 
 def _places(folder: Path) -> list[Path]:
     """Return the folders that hold images/ beside annotations/ with text files: the folder itself, or those in it."""
-    below = (
-        sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
-        if folder.is_dir()
-        else []
-    )
     return [
         place
-        for place in (folder, *below)
+        for place in (folder, *_subfolders(folder))
         if (place / "images").is_dir() and any((place / "annotations").glob("*.txt"))
     ]
 

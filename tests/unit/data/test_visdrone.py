@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.importing import register
+from data.importing import ImportRefused, register
 from data.prepare import prepare
 from data.reading import Labels, read_labels
 from data.records import SPLITS
@@ -121,3 +121,19 @@ def test_annotations_without_pictures_are_not_recognised(folder: Path) -> None:
     assert recognise(folder) == (
         False, "no folder with annotations/*.txt beside images/, nor folders for the splits with these",
     )  # fmt: skip
+
+
+def test_what_has_no_partner_is_said(folder: Path, make_repo: Make, paint: Make) -> None:
+    paint(folder / "VisDrone2019-DET-test-challenge/images/a.png")
+    place = folder / FOLDERS["val"]
+    for path in (place / "images").iterdir():
+        path.unlink()
+    assert shown(read(folder)) == [
+        f"{folder / 'VisDrone2019-DET-test-challenge'}: warning: 1 pictures have no annotations beside them. "
+        "Left out when prepared: add annotations/",
+        f"{place / 'images'}: error: the split has no images. Add the pictures",
+        f"{place / 'annotations'}: warning: 2 annotation files have no picture, for example a, b. "
+        "Left out when prepared: add the pictures",
+    ]
+    with pytest.raises(ImportRefused, match="the split has no images"):
+        register("streets", folder, repo=make_repo())

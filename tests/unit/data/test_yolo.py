@@ -286,3 +286,10 @@ def test_names_that_are_no_text_are_refused(folder: Path, paint: Make) -> None:
     (folder / "images/train/a.png").rename(folder / "images/train/a\n.png")
     problems: list[Problem] = read(folder).problems
     assert "1 names of pictures cannot be written down, for example 'images/train/a\\n.png'" in str(problems[0])
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path, make_repo: Make) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/a.names").write_text("car\n")
+    with pytest.raises(ImportRefused, match=r"(?s)no picture is in any split:.*put no picture into split 'train'"):
+        register("harbour", tmp_path / "empty", "yolo", repo=make_repo())
