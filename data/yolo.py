@@ -16,7 +16,7 @@ from data.dividing import Divider
 from data.label_files import UnreadableFile, number, read_rows, whole
 from data.problems import ImportRefused
 from data.records import SPLITS, Split
-from data.yolo_folder import UnreadableFolder, read_folder
+from data.yolo_folder import UnreadableFolder, find_names, read_folder
 
 _FIELDS = ("class", "cx", "cy", "w", "h")
 # A box may stick out of its picture, but values beyond are pixels or damage, not shares of a picture.
@@ -38,7 +38,7 @@ def recognise(folder: Path) -> tuple[bool, str]:
 def class_names(folder: Path) -> tuple[str, ...]:
     """Return the names in the order of the labels' numbers; ImportRefused when they cannot be told."""
     try:
-        return read_folder(folder).names
+        return find_names(folder)[1]
     except UnreadableFolder as error:
         raise ImportRefused(str(error.problem)) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -124,7 +124,7 @@ class YoloFolder:
     def _list(self, list_name: str) -> Iterator[str]:
         path = self.folder / list_name
         self._lists.add(list_name)
-        bases = [posixpath.dirname(list_name), ""]
+        bases = dict.fromkeys((posixpath.dirname(list_name), ""))
         is_empty = True
         try:
             for line, text in read_lines(path, MAX_LIST_BYTES):
@@ -151,23 +151,26 @@ class YoloFolder:
             yield name
 
     def _is_there(self, name: str) -> bool:
-        return name in self._files or _is_dir(self.folder / name)
+        return name in self._files or ((name == "." or is_safe_name(name)) and _is_dir(self.folder / name))
 
 
-def _below(place: str, bases: list[str]) -> Iterator[str]:
-    """Yield what a relative path may mean, as names below the folder; never one that leaves it."""
-    if not place or place.startswith("/"):
-        return
+def _below(place: str, bases: Iterable[str]) -> Iterator[str]:
+    """Yield what a relative path may mean, as names relative to the folder; they are yet to be looked for there."""
     # Some exports write `../train/images` for a folder beside the file.
+    texts = (place, place[3:]) if place.startswith("../") else (place,)
     for base in bases:
-        for text in (place, place.removeprefix("../")):
-            name = posixpath.normpath(posixpath.join(base, text))
-            if name == "." or is_safe_name(name):
-                yield name
+        for text in texts:
+            if text and not text.startswith("/"):
+                yield posixpath.normpath(posixpath.join(base, text))
 
 
 def read_folder(folder: Path) -> YoloFolder:
     """Find the class names and the pictures of a folder; UnreadableFolder where there are no sound class names."""
+    return YoloFolder(folder, *find_names(folder))
+
+
+def find_names(folder: Path) -> tuple[Path, tuple[str, ...], dict[str, list[str]]]:
+    """Return the file that holds the class names, these, and its entries for train, val and test; see `read_folder`."""
     candidates = [folder / name for name in _YAML_NAMES if (folder / name).is_file()]
     if not candidates:
         candidates = sorted(path for path in folder.glob("*.y*ml") if path.is_file() and _has_names(path))
@@ -183,14 +186,14 @@ def read_folder(folder: Path) -> YoloFolder:
             names = tuple(text.strip() for _, text in read_lines(source))
         except UnreadableFile as error:
             raise UnreadableFolder(Problem(source, None, str(error), "Write one name a line")) from error
-        return YoloFolder(folder, source, _sound(source, names), {})
+        return source, _sound(source, names), {}
     try:
         content = read_mapping(source)
     except UnreadableYaml as error:
         raise UnreadableFolder(
             Problem(source, error.line, str(error), "Write it anew", "error", error.column)
         ) from error
-    return YoloFolder(folder, source, _sound(source, _names(source, content)), _entries(folder, source, content))
+    return source, _sound(source, _names(source, content)), _entries(folder, source, content)
 
 
 def _has_names(path: Path) -> bool:
