@@ -10,8 +10,10 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data.splits import SplitRule
 from data.tiling import Tiling
 
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]*$"
 CATALOG = Path(__file__).parent / "catalog"
 
 
@@ -29,6 +31,7 @@ class DatasetCard(BaseModel):
     `classes` are in label order: label i (0-based) is category id i+1 of the prepared COCO files.
     `ignore_rule`: what happens to boxes in ignore regions when scoring: `none`, or
     `covered-half` (dropped when at least half of their own area lies in the union of the regions).
+    `sources` says where the data was published. `splits`: see `SplitRule`.
     `tiling`: cut the training pictures into tiles. Those of val and test stay whole, so that a score means what it
     means elsewhere; unless `scoring.tiling` says otherwise they are scored by tiles of the same size.
     """
@@ -36,14 +39,16 @@ class DatasetCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=NAME_PATTERN)
     description: str
     licence: str
     format: Literal["procedural", "coco", "voc", "yolo", "visdrone", "uavdt"]
     source: str
+    sources: tuple[str, ...] = ()
     classes: tuple[str, ...] = Field(min_length=1)
     protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] = "coco"
     ignore_rule: Literal["none", "covered-half"] = "none"
+    splits: SplitRule = SplitRule()
     # Left out where there is none: the keys of runs on whole pictures stay what they were before this field was there.
     tiling: Tiling | None = Field(None, exclude_if=lambda tiling: tiling is None)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from data.card import load_card
 from data.problems import Problem
 from data.reading import READERS, read_raw
+from data.splits import SplitRule
 
 
 def check(name: str, repo: Path) -> list[Problem]:
@@ -26,7 +27,7 @@ def check(name: str, repo: Path) -> list[Problem]:
         place = raw.readlink() if raw.is_symlink() else card.source
         problems.append(Problem(raw, None, "the raw data is missing", f"Bring it back to {place}"))
     elif card.format in READERS:
-        problems += read_raw(card.format, raw, card.classes).problems
+        problems += read_raw(card.format, raw, card.classes, card.splits).problems
     if prepared.is_dir():
-        problems += read_raw("coco", prepared, card.classes).problems
+        problems += read_raw("coco", prepared, card.classes, SplitRule()).problems
     return problems

@@ -7,16 +7,22 @@ right nor wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from math import isfinite
-from pathlib import Path, PurePosixPath
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from reprlib import repr
 from typing import Any
 
-from data.problems import Problem
+from data.dividing import Divider
+from data.label_files import UnreadableFile, is_safe_name, read_bytes
+from data.pictures import MAX_SIDE_PX
+from data.problems import ImportRefused
 from data.records import SPLITS, XYWH, Box, ImageRecord, Split, clip_xywh
 
 IMAGES = "images"
 ANNOTATIONS = "annotations"
+# JSON has integers that no float can hold; NaN and infinity are not below it either.
+_MAX_NUMBER = 1e12
 
 
 def annotation_file(folder: Path, split: str) -> Path:
@@ -24,34 +30,62 @@ def annotation_file(folder: Path, split: str) -> Path:
     return folder / ANNOTATIONS / f"{split}.json"
 
 
-def read_coco(folder: Path, classes: Sequence[str]) -> dict[str, Split]:
-    """Read the three annotation files of a folder; a picture in two splits is an error of the later one."""
-    splits: dict[str, Split] = {split: read_split(annotation_file(folder, split), classes) for split in SPLITS}
+def recognise(folder: Path) -> tuple[bool, str]:
+    """Whether a folder is in this layout, and what was found or missed."""
+    found = [split for split in SPLITS if annotation_file(folder, split).is_file()]
+    if not found or not (folder / IMAGES).is_dir():
+        return False, "no images/ beside annotations/{train,val,test}.json"
+    return True, f"images/ lies beside annotations/ with {', '.join(f'{split}.json' for split in found)}"
+
+
+def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str, Split]:
+    """Read the annotation files that a folder has; a picture in two of them is an error of the later one.
+
+    Every fault becomes a `Problem`, nothing is raised. Boxes are clipped to their image; those without area inside it
+    are left out. Both are counted.
+    """
+    splits: dict[str, Split] = {split: Split() for split in SPLITS}
+    readers: dict[str, _Reader] = {}
     owner: dict[str, str] = {}
-    for split, content in splits.items():
-        for image in content.images:
+    for split in SPLITS:
+        path = annotation_file(folder, split)
+        if not os.path.lexists(path):
+            continue
+        readers[split] = reader = _Reader(path, classes, splits[split])
+        reader.read_images()
+        for image in reader.images.values():
             first = owner.setdefault(image.file_name, split)
             if first != split:
                 rule = f"file_name {image.file_name!r} is in split {first!r} too, so a score would not be a fair one"
-                content.problems.append(Problem(annotation_file(folder, split), None, rule, "Keep it in one split"))
+                splits[split].report(path, rule, "Keep it in one split")
+    listed = {split: [image.file_name for image in reader.images.values()] for split, reader in readers.items()}
+    divided = divide(listed)
+    split_of = {name: splits[split] for split, names in divided.items() for name in names}
+    for reader in readers.values():
+        reader.read_annotations(split_of)
     return splits
 
 
-def read_split(path: Path, classes: Sequence[str]) -> Split:
-    """Read one annotation file; every fault becomes a `Problem` of the result, nothing is raised.
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Category names by ascending id; ImportRefused when the files lack sound `categories`, or differ in them."""
+    files = [annotation_file(folder, split) for split in SPLITS if annotation_file(folder, split).exists()]
+    if not files or not (folder / IMAGES).is_dir():
+        rule = "a COCO folder holds images/ and annotations/ with train.json, val.json and test.json"
+        raise ImportRefused(f"{str(folder)!r}: {rule}. Add what is missing, or name another format")
+    by_file = {file.name: _class_names(file) for file in files}
+    if len({frozenset(names) for names in by_file.values()}) > 1:
+        raise ImportRefused(
+            f"{str(folder)!r}: the splits must have the same categories, found {by_file}. Correct the files"
+        )
+    return by_file[files[0].name]
 
-    Boxes are clipped to their image; those without area inside it are left out. Both are counted.
-    """
-    return _Reader(path, classes).read()
 
-
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """Category names of an annotation file by ascending id; ValueError when it has no sound `categories`."""
-    reader = _Reader(path, ())
+def _class_names(path: Path) -> tuple[str, ...]:
+    reader = _Reader(path, (), Split())
     document = reader.document()
     names = reader.category_names(document) if document is not None else {}
-    if reader.split.problems:
-        raise ValueError("\n".join(str(problem) for problem in reader.split.problems))
+    if reader.content.problems:
+        raise ImportRefused("\n".join(str(problem) for problem in reader.content.problems))
     return tuple(names[key] for key in sorted(names))
 
 
@@ -92,42 +126,47 @@ def write_split(path: Path, split: Split, classes: Sequence[str], info: dict[str
     path.write_text(json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False), encoding="utf-8")
 
 
-def is_safe_name(file_name: str) -> bool:
-    """Whether a file name stays below the folder it is relative to."""
-    path = PurePosixPath(file_name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(file_name) & {"\\", "\0"}
-
-
 class _Reader:
-    """Reads one file and collects its problems."""
+    """Reads one file; its problems go into `content`, the split that the file is named for."""
 
-    def __init__(self, path: Path, classes: Sequence[str]) -> None:
+    def __init__(self, path: Path, classes: Sequence[str], content: Split) -> None:
         self.path = path
         self.labels = {name: label for label, name in enumerate(classes)}
-        self.split = Split()
+        self.content = content
+        self.images: dict[int, ImageRecord] = {}
+        self._document: dict[str, Any] | None = None
 
-    def read(self) -> Split:
-        document = self.document()
-        if document is None:
-            return self.split
-        labels = self._labels_by_category(document)
-        images = self._images(document)
-        boxes: dict[int, list[Box]] = {image_id: [] for image_id in images}
-        ignored: dict[int, list[XYWH]] = {image_id: list(image.ignore_xywh_px) for image_id, image in images.items()}
+    def read_images(self) -> None:
+        """Read the file and take in its images, without boxes."""
+        self._document = self.document()
+        if self._document is not None:
+            self._read_images(self._document)
+
+    def read_annotations(self, split_of: Mapping[str, Split]) -> None:
+        """Add every image with its boxes to the split of its file name; an image without a split is left out."""
+        if self._document is None:
+            return
+        labels = self._labels_by_category(self._document)
+        boxes: dict[int, list[Box]] = {image_id: [] for image_id in self.images}
+        ignored: dict[int, list[XYWH]] = {key: list(image.ignore_xywh_px) for key, image in self.images.items()}
         seen: set[int] = set()
-        for index, row in enumerate(document["annotations"]):
-            self._annotation(index, row, images, labels, seen, boxes, ignored)
-        self.split.images = [
-            image._replace(boxes=tuple(boxes[key]), ignore_xywh_px=tuple(ignored[key]))
-            for key, image in sorted(images.items())
-        ]
-        return self.split
+        for index, row in enumerate(self._document["annotations"]):
+            self._annotation(index, row, split_of, labels, seen, boxes, ignored)
+        for key, image in sorted(self.images.items()):
+            if image.file_name in split_of:
+                record = image._replace(boxes=tuple(boxes[key]), ignore_xywh_px=tuple(ignored[key]))
+                split_of[image.file_name].images.append(record)
 
     def document(self) -> dict[str, Any] | None:
         try:
-            document = json.loads(self.path.read_bytes())
-        except FileNotFoundError:
-            self._fault("the file is missing", "Provide annotations/train.json, val.json and test.json")
+            document = json.loads(read_bytes(self.path, None))
+        except UnreadableFile as error:
+            self._fault(str(error), "Provide annotations/train.json, val.json and test.json")
+            return None
+        except json.JSONDecodeError as error:
+            self.content.report(
+                self.path, f"not JSON: {error.msg}", "Write it again", line=error.lineno, column=error.colno
+            )
             return None
         except (ValueError, RecursionError) as error:
             self._fault(f"not JSON: {error}", "Write the file again")
@@ -135,11 +174,11 @@ class _Reader:
         if not isinstance(document, dict):
             self._fault("the top level must be an object", "See the COCO format")
             return None
-        for key in ("images", "annotations", "categories"):
-            rows = document.get(key)
+        rows_of = {key: document.get(key) for key in ("images", "annotations", "categories")}
+        for key, rows in rows_of.items():
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 self._fault(f"{key!r} must be a list of objects", "See the COCO format")
-        return None if self.split.problems else document
+        return None if self.content.problems else document
 
     def category_names(self, document: dict[str, Any]) -> dict[int, str]:
         names: dict[int, str] = {}
@@ -158,8 +197,8 @@ class _Reader:
         names = self.category_names(document)
         return {key: self.labels[name] for key, name in names.items() if name in self.labels}
 
-    def _images(self, document: dict[str, Any]) -> dict[int, ImageRecord]:
-        images: dict[int, ImageRecord] = {}
+    def _read_images(self, document: dict[str, Any]) -> None:
+        images = self.images
         names: set[str] = set()
         for index, row in enumerate(document["images"]):
             key, name, width, height = _pick(row, "id", "file_name", "width", "height")
@@ -167,8 +206,9 @@ class _Reader:
                 self._fault(f"images[{index}] needs an integer 'id' and a 'file_name'", "Correct it")
             elif not is_safe_name(name):
                 self._fault(f"image {key}: file_name {name!r} leaves the images folder", "Use a relative path below it")
-            elif not (_is_int(width) and _is_int(height) and width > 0 and height > 0):
-                self._fault(f"image {key}: 'width' and 'height' must be positive integers", "Correct them")
+            elif not (_is_side(width) and _is_side(height)):
+                rule = f"image {key}: 'width' and 'height' must be positive integers up to {MAX_SIDE_PX}"
+                self._fault(rule, "Correct them")
             elif key in images:
                 self._fault(f"image id {key} occurs twice", "Give every image its own id")
             elif name in names:
@@ -179,7 +219,6 @@ class _Reader:
                 images[key] = ImageRecord(key, name, width, height, (), regions)
         if not document["images"]:
             self._fault("the split has no images", "Training needs train, selection val and promotion test images")
-        return images
 
     def _regions(self, image_id: int, regions: Any, width_px: int, height_px: int) -> tuple[XYWH, ...]:
         if not isinstance(regions, list) or not all(_is_xywh(region) for region in regions):
@@ -192,7 +231,7 @@ class _Reader:
         self,
         index: int,
         row: dict[str, Any],
-        images: dict[int, ImageRecord],
+        split_of: Mapping[str, Split],
         labels: dict[int, int],
         seen: set[int],
         boxes: dict[int, list[Box]],
@@ -205,13 +244,18 @@ class _Reader:
         if key in seen:
             self._fault(f"annotation id {key} occurs twice", "Give every annotation its own id")
         seen.add(key)
-        image = images.get(image_id) if _is_int(image_id) else None
+        image = self.images.get(image_id) if _is_int(image_id) else None
         if image is None:
-            self._fault(f"annotation {key}: no sound image has id {image_id!r}", "Add the image or drop the annotation")
+            self._fault(
+                f"annotation {key}: no sound image has id {repr(image_id)}", "Add the image or drop the annotation"
+            )
+            return
+        content = split_of.get(image.file_name)
+        if content is None:
             return
         clipped = clip_xywh(bbox, image.width_px, image.height_px)
         if clipped is None:
-            self.split.num_boxes_excluded += 1
+            content.num_boxes_excluded += 1
             what = f"annotation {key}: box {bbox} has no area inside its {image.width_px}x{image.height_px} px image"
             self._fault(what, "Left out when prepared: mend or delete it", warning=True)
             return
@@ -221,11 +265,13 @@ class _Reader:
         label = labels.get(category) if _is_int(category) else None
         if label is None:
             known = ", ".join(self.labels)
-            self._fault(f"annotation {key}: category {category!r} is not one of the card's classes", f"Known: {known}")
+            self._fault(
+                f"annotation {key}: category {repr(category)} is not one of the card's classes", f"Known: {known}"
+            )
             return
         is_clipped = clipped != tuple(round(side, 2) for side in bbox)
         if is_clipped:
-            self.split.num_boxes_clipped += 1
+            content.num_boxes_clipped += 1
             what = f"annotation {key}: box {bbox} sticks out of its {image.width_px}x{image.height_px} px image"
             self._fault(what, "Clipped when prepared", warning=True)
         if is_clipped or not _is_number(area) or area <= 0:
@@ -233,7 +279,7 @@ class _Reader:
         boxes[image.image_id].append(Box(label, clipped, round(float(area), 2), bool(row.get("iscrowd"))))
 
     def _fault(self, rule: str, remedy: str, *, warning: bool = False) -> None:
-        self.split.problems.append(Problem(self.path, None, rule, remedy, "warning" if warning else "error"))
+        (self.content.warn if warning else self.content.report)(self.path, rule, remedy)
 
 
 def _pick(row: dict[str, Any], *names: str) -> list[Any]:
@@ -241,11 +287,15 @@ def _pick(row: dict[str, Any], *names: str) -> list[Any]:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_side(value: Any) -> bool:
+    return _is_int(value) and 0 < value <= MAX_SIDE_PX
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
 
 
 def _is_xywh(value: Any) -> bool:

@@ -1,28 +1,32 @@
-"""`register`: make a folder of raw data known: `data/raw/<name>` (a link or a copy), a card, a line in params.yaml."""
+"""`register`: make raw data known: `data/raw/<name>` (a link or a copy), a card, a line in params.yaml."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple
 
 import yaml
 from filelock import FileLock
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from data.card import DatasetCard, InvalidCard, faults
-from data.coco import IMAGES, annotation_file, read_class_names
-from data.problems import listing
-from data.records import SPLITS
-from data.voc import class_names, read_voc
+from data.archives import SUFFIXES, is_archive, unpack
+from data.card import NAME_PATTERN, DatasetCard, InvalidCard, faults
+from data.known_cards import KnownCard, count, differences, find_known
+from data.pictures import is_hidden
+from data.problems import ImportRefused, listing
+from data.reading import READERS, Labels, read_labels
+from data.splits import SplitRule
 
-Format = Literal["coco", "voc"]
-FORMATS: tuple[str, ...] = get_args(Format)
+Format = Literal["auto", "coco", "voc", "yolo", "visdrone", "uavdt"]
+FORMATS: tuple[str, ...] = ("auto", *READERS)
+SCHEME = "s3://"
 # data/raw/.gitignore lets these in.
 _RESERVED = "sample-"
 
@@ -31,76 +35,177 @@ class DatasetExists(ValueError):
     """A dataset of that name is already registered."""
 
 
-class ImportRefused(ValueError):
-    """A folder that is not raw data in the format that was named."""
+class Imported(NamedTuple):
+    """The card of a registered dataset, and what a person should know about it, a line each."""
+
+    card: DatasetCard
+    notes: list[str]
 
 
 def register(
     name: str,
-    path: Path,
-    format: Format,
+    path: Path | str,
+    format: Format = "auto",
     *,
     repo: Path,
-    licence: str,
+    licence: str | None = None,
     copy: bool = False,
     description: str = "",
     protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] = "coco",
     ignore_rule: Literal["none", "covered-half"] = "none",
-) -> DatasetCard:
-    """Register raw data where it lies, or as a copy of our own, and return its card; a failure leaves nothing behind.
+) -> Imported:
+    """Register raw data where it lies, or as a copy of our own; a failure leaves nothing behind.
 
-    The classes are, in COCO, the categories of annotations/train.json by ascending id, and val and test must have the
-    same; in Pascal VOC, the sorted names of all objects of all splits.
+    `path` is a folder, a .zip or .tar archive, or `s3://bucket/prefix`, of which a copy is made in any case. `auto` is
+    the one format whose layout the folder has. Where something is known of a dataset of this name (data/known), that
+    holds, but for a licence that is given, and its expected counts are compared. The splits are the files' own, or,
+    where one is lacking, divided by the pictures' content: `splits` of the card.
 
     Raises:
         DatasetExists: a card, raw data or line in params.yaml of that name is there.
-        ImportRefused: `path` is no folder or holds this repository's raw data; it is no such COCO or VOC folder, or
-            its classes cannot be told for faults in it; or the name is one that git does not keep out.
+        ImportRefused: `path` is no folder, sound archive or readable prefix, or holds this repository's raw data; it
+            has no layout or several, labels with errors, or other classes than known; or the name is one that git does
+            not keep out.
         InvalidCard: the name or another value breaks a rule of the card.
     """
-    _refuse_places(name, path, repo)
-    try:
-        card = DatasetCard(
-            name=name,
-            description=description or f"Imported from {path.name}.",
-            licence=licence,
-            format=format,
-            source=f"data/raw/{name}",
-            classes=_CLASS_NAMES[format](path),
-            protocol=protocol,
-            ignore_rule=ignore_rule,
-        )
-    except ValidationError as error:
-        raise InvalidCard("\n".join(f"dataset {name!r}: {fault}" for fault in faults(error))) from error
-    params, locks = repo / "params.yaml", repo / ".dvc" / "tmp"
+    _refuse_name(name)
+    locks = repo / ".dvc" / "tmp"
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / "speck-params.lock"), ExitStack() as undo:
-        updated = _with_dataset(params, name)
-        card_file, raw = repo / "data" / "catalog" / f"{name}.yaml", repo / "data" / "raw" / name
-        for taken in (card_file, raw):
-            if os.path.lexists(taken):
-                raise DatasetExists(f"dataset {name!r}: {taken} exists. Choose another name or remove it first")
+    with FileLock(locks / f"speck-import-{name}.lock"):
+        _refuse_taken(name, repo)
+        with _fetched(str(path), repo / "data" / "raw" / f".{name}.partial") as folder:
+            _refuse_places(folder, repo)
+            format, reason = recognise(folder) if format == "auto" else (format, None)
+            known = find_known(name)
+            labels, classes = _labels(format, folder, known)
+            facts = {
+                "description": description or f"Imported from {Path(path).name}.",
+                "licence": "unknown",
+                "protocol": protocol,
+                "ignore_rule": ignore_rule,
+                "splits": labels.divider.rule,
+            }
+            facts |= known.model_dump(exclude={"expected"}) if known is not None else {}
+            facts |= {"licence": licence} if licence is not None else {}
+            try:
+                card = DatasetCard.model_validate(
+                    facts | {"name": name, "format": format, "source": f"data/raw/{name}", "classes": classes}
+                )
+            except ValidationError as error:
+                raise InvalidCard("\n".join(f"dataset {name!r}: {fault}" for fault in faults(error))) from error
+            _place(card, folder, repo, copy=copy, is_ours=folder != Path(path))
+    notes = [f"{format}: {reason}"] if reason else []
+    return Imported(card, notes + _notes(name, labels, known))
+
+
+def recognise(folder: Path) -> tuple[Format, str]:
+    """Return the format whose layout a folder has, and how it was told; ImportRefused when it has none or several."""
+    found = {format: reader.recognise(folder) for format, reader in READERS.items()}
+    matches = [format for format, (is_match, _) in found.items() if is_match]
+    if len(matches) == 1:
+        return matches[0], found[matches[0]][1]  # type: ignore[return-value]
+    shown = "\n".join(f"  {format}: {found[format][1]}" for format in matches or found)
+    if matches:
+        rule = "has the layout of several formats. Say which with --format"
+    else:
+        rule = (
+            "has the layout of no format that is known. Correct the path, or say which with --format to see its faults"
+        )
+    raise ImportRefused(f"{str(folder)!r}: {rule}:\n{shown}")
+
+
+def _labels(format: str, folder: Path, known: KnownCard | None) -> tuple[Labels, tuple[str, ...]]:
+    """Read the labels of a folder; return them and its classes, or those that are known."""
+    names = READERS[format].class_names(folder)
+    if known is not None:
+        others = sorted(set(names) - set(known.classes))
+        if others:
+            rule = f"classes {', '.join(others)} are none of those known of this dataset, {', '.join(known.classes)}"
+            raise ImportRefused(f"{str(folder)!r}: {rule}. Import it under another name as data of your own")
+    classes = known.classes if known is not None else names
+    labels = read_labels(format, folder, classes, known.splits if known is not None else None)
+    errors = [problem for problem in labels.problems if problem.severity == "error"]
+    if errors:
+        raise ImportRefused(f"{str(folder)!r}: not sound {format} data. Correct what is wrong:\n{listing(errors)}")
+    if not any(content.images for content in labels.splits.values()):
+        raise ImportRefused(f"{str(folder)!r}: no picture is in any split:\n{listing(labels.divider.problems)}")
+    if not names:
+        raise ImportRefused(f"{str(folder)!r}: no annotation file holds an object, so there is no class. Add labels")
+    return labels, classes
+
+
+def _notes(name: str, labels: Labels, known: KnownCard | None) -> list[str]:
+    counts = {split: count(content) for split, content in labels.splits.items()}
+    notes = [", ".join(f"{split} {found.images} images with {found.boxes} boxes" for split, found in counts.items())]
+    rule = labels.divider.rule
+    if rule is not None and rule.rule != "given":
+        notes.append(f"splits: by the rule {rule.rule!r} where the files do not say; change it in the card")
+    notes += [str(problem) for problem in labels.divider.problems]
+    if labels.problems:
+        notes.append(f"{len(labels.problems)} warnings about labels; see speck data check {name}")
+    if known is not None:
+        notes.append(f"{name} is known: its card comes from data/known/{name}.yaml")
+        notes += [f"warning: not as published: {difference}" for difference in differences(known, labels.splits)]
+    return notes
+
+
+@contextmanager
+def _fetched(path: str, partial: Path) -> Iterator[Path]:
+    """Yield the folder that `path` names, or is unpacked or downloaded into; the latter is gone at the end."""
+    if not path.startswith(SCHEME) and not is_archive(Path(path)):
+        yield Path(path)
+        return
+    _remove(partial)
+    try:
+        if path.startswith(SCHEME):
+            from data.s3 import download
+
+            download(path, partial)
+        else:
+            if not Path(path).is_file():
+                raise ImportRefused(f"{path!r}: there is no such archive. Correct the path")
+            unpack(Path(path), partial)
+        yield _without_wrapping(partial)
+    finally:
+        _remove(partial)
+
+
+def _without_wrapping(folder: Path) -> Path:
+    """Return the folder that holds more than one folder: archives often wrap their content in one."""
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+    return _without_wrapping(entries[0]) if len(entries) == 1 and entries[0].is_dir() else folder
+
+
+def _place(card: DatasetCard, folder: Path, repo: Path, *, copy: bool, is_ours: bool) -> None:
+    """Put data, card and line in their places, all or none; a folder that `is_ours` is moved."""
+    params = repo / "params.yaml"
+    card_file, raw = repo / "data" / "catalog" / f"{card.name}.yaml", repo / "data" / "raw" / card.name
+    with FileLock(repo / ".dvc" / "tmp" / "speck-params.lock"), ExitStack() as undo:
+        _refuse_taken(card.name, repo)
+        updated = _with_dataset(params, card.name)
         undo.callback(_remove, raw)
-        if copy:
-            partial = raw.with_name(f".{name}.partial")
+        if is_ours:
+            folder.rename(raw)
+        elif copy:
+            partial = raw.with_name(f".{card.name}.partial")
             undo.callback(_remove, partial)
             _remove(partial)
-            _copy_contents(path, partial)
+            _copy_contents(folder, partial)
             partial.rename(raw)
         else:
-            raw.symlink_to(path.resolve(), target_is_directory=True)
+            raw.symlink_to(folder.resolve(), target_is_directory=True)
         undo.callback(_remove, card_file)
-        _write(card_file, yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
+        content = card.model_dump(
+            mode="json", exclude_none=True, exclude={"splits"} if card.splits == SplitRule() else None
+        )
+        _write(card_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
         _write(params, updated)
         undo.pop_all()
-    return card
 
 
-def _refuse_places(name: str, path: Path, repo: Path) -> None:
-    if not path.is_dir():
-        raise ImportRefused(f"{str(path)!r}: raw data must be a folder, and there is none. Correct the path")
-    if (repo / "data" / "raw").resolve().is_relative_to(path.resolve()):
-        raise ImportRefused(f"{str(path)!r}: holds data/raw, which would hold itself. Name the dataset's own folder")
+def _refuse_name(name: str) -> None:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InvalidCard(f"dataset {name!r}: name: must match {NAME_PATTERN}, got {name!r}")
     if name.startswith(_RESERVED):
         raise ImportRefused(
             f"dataset {name!r}: names in {_RESERVED}* are the repository's own samples, and git would take in your "
@@ -108,39 +213,19 @@ def _refuse_places(name: str, path: Path, repo: Path) -> None:
         )
 
 
-def _coco_class_names(path: Path) -> tuple[str, ...]:
-    missing = [file for file in (annotation_file(path, split) for split in SPLITS) if not file.is_file()]
-    if not (path / IMAGES).is_dir():
-        missing.append(path / IMAGES)
-    if missing:
-        names = ", ".join(str(file) for file in missing)
-        raise ImportRefused(
-            f"{str(path)!r}: a COCO folder holds images/ and annotations/{{train,val,test}}.json. Add what is missing: "
-            f"{names}"
-        )
-    try:
-        by_split = {split: read_class_names(annotation_file(path, split)) for split in SPLITS}
-    except (OSError, ValueError) as error:
-        raise ImportRefused(str(error)) from error
-    if len({frozenset(names) for names in by_split.values()}) > 1:
-        raise ImportRefused(
-            f"{str(path)!r}: the splits must have the same categories, found {by_split}. Correct the files"
-        )
-    return by_split["train"]
+def _refuse_taken(name: str, repo: Path) -> None:
+    for taken in (repo / "data" / "catalog" / f"{name}.yaml", repo / "data" / "raw" / name):
+        if os.path.lexists(taken):
+            raise DatasetExists(f"dataset {name!r}: {taken} exists. Choose another name or remove it first")
+    _with_dataset(repo / "params.yaml", name)
 
 
-def _voc_class_names(path: Path) -> tuple[str, ...]:
-    names = class_names(path)
-    problems = [problem for content in read_voc(path, names).values() for problem in content.problems]
-    errors = [problem for problem in problems if problem.severity == "error"]
-    if errors:
-        raise ImportRefused(f"{str(path)!r}: not sound Pascal VOC. Correct what is wrong:\n{listing(errors)}")
-    if not names:
-        raise ImportRefused(f"{str(path)!r}: no annotation file holds an object, so there is no class. Add labels")
-    return names
-
-
-_CLASS_NAMES: dict[Format, Callable[[Path], tuple[str, ...]]] = {"coco": _coco_class_names, "voc": _voc_class_names}
+def _refuse_places(folder: Path, repo: Path) -> None:
+    if not folder.is_dir():
+        what = f"raw data is a folder, an archive ({', '.join(SUFFIXES)}) or {SCHEME}bucket/prefix, and this is none"
+        raise ImportRefused(f"{str(folder)!r}: {what}. Correct the path")
+    if (repo / "data" / "raw").resolve().is_relative_to(folder.resolve()):
+        raise ImportRefused(f"{str(folder)!r}: holds data/raw, which would hold itself. Name the dataset's own folder")
 
 
 def _with_dataset(params: Path, name: str) -> str:

@@ -20,13 +20,9 @@ from data.card import DatasetCard, InvalidCard, UnknownDataset, load_card
 from data.coco import ANNOTATIONS, IMAGES
 from data.problems import InvalidDataset, listing
 from data.procedural import render_dataset
-from data.reading import read_raw
+from data.reading import READERS, read_raw
 from data.records import Split
 from data.tile_writer import tile_split
-
-
-class UnsupportedFormat(ValueError):
-    """The card's format has no reader yet."""
 
 
 def prepare(name: str, repo: Path) -> Path:
@@ -34,7 +30,6 @@ def prepare(name: str, repo: Path) -> Path:
 
     Raises:
         UnknownDataset, InvalidCard: see `load_card`.
-        UnsupportedFormat: there is no reader for the card's format.
         InvalidDataset: the raw data has errors; all of them are listed.
     """
     card = load_card(name, repo / "data" / "catalog")
@@ -42,7 +37,7 @@ def prepare(name: str, repo: Path) -> Path:
     with _replaced(destination) as folder:
         (folder / IMAGES).mkdir(parents=True)
         (folder / ANNOTATIONS).mkdir()
-        splits = _writer(card)(card, raw, folder / IMAGES)
+        splits = _WRITERS[card.format](card, raw, folder / IMAGES)
         info: dict[str, dict[str, Any]] = {split: {"dataset": name, "split": split} for split in splits}
         if card.tiling is not None:
             splits["train"], counts = tile_split(folder / IMAGES, splits["train"], card.tiling)
@@ -55,7 +50,7 @@ def prepare(name: str, repo: Path) -> Path:
 
 def _copy(card: DatasetCard, raw: Path, images: Path) -> dict[str, Split]:
     """Copy the pictures byte for byte: a hard link would let DVC write-protect the owner's files."""
-    found = read_raw(card.format, raw, card.classes)
+    found = read_raw(card.format, raw, card.classes, card.splits)
     if any(problem.severity == "error" for problem in found.problems):
         raise InvalidDataset(found.problems)
     if found.problems:
@@ -68,15 +63,7 @@ def _copy(card: DatasetCard, raw: Path, images: Path) -> dict[str, Split]:
 
 
 Writer = Callable[[DatasetCard, Path, Path], dict[str, Split]]
-_WRITERS: dict[str, Writer] = {"coco": _copy, "voc": _copy, "procedural": render_dataset}
-
-
-def _writer(card: DatasetCard) -> Writer:
-    """Return what writes a format's pictures under `images/` and returns its records."""
-    if card.format not in _WRITERS:
-        rule = f"dataset {card.name!r}: format {card.format!r} cannot be prepared yet"
-        raise UnsupportedFormat(f"{rule}. Convert it to one of: {', '.join(_WRITERS)}")
-    return _WRITERS[card.format]
+_WRITERS: dict[str, Writer] = {**dict.fromkeys(READERS, _copy), "procedural": render_dataset}
 
 
 @contextmanager
@@ -103,7 +90,7 @@ def main() -> None:
         sys.exit("usage: python -m data.prepare NAME")
     try:
         prepare(sys.argv[1], Path.cwd())
-    except (UnknownDataset, InvalidCard, InvalidDataset, UnsupportedFormat) as error:
+    except (UnknownDataset, InvalidCard, InvalidDataset) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

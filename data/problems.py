@@ -14,7 +14,8 @@ MAX_SHOWN = 50
 class Problem:
     """`rule` says what was found and what is allowed, `remedy` what to do.
 
-    An `error` stops preparation; a `warning` is mended or left out there, and counted.
+    An `error` stops preparation; a `warning` is mended or left out there, and counted. `line` and `column` count from
+    1; a fault of a whole file has no line, one of a whole line no column.
     """
 
     path: Path
@@ -22,10 +23,15 @@ class Problem:
     rule: str
     remedy: str
     severity: Literal["error", "warning"] = "error"
+    column: int | None = None
 
     def __str__(self) -> str:
-        place = f"{self.path}:{self.line}" if self.line is not None else str(self.path)
+        place = ":".join(str(part) for part in (self.path, self.line, self.column) if part is not None)
         return f"{place}: {self.severity}: {self.rule}. {self.remedy}"
+
+
+class ImportRefused(ValueError):
+    """What cannot be taken in as raw data: the wrong place, an unsound archive, no format that we know."""
 
 
 class InvalidDataset(ValueError):

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.coco import IMAGES, read_coco
-from data.images import image_problems, threads
+from data import coco, uavdt, visdrone, voc, yolo
+from data.dividing import Divider, digests
+from data.images import image_problems
 from data.problems import Problem
 from data.records import Split
-from data.voc import read_voc, voc_folder
+from data.splits import SplitRule
 
 
 class Reader(NamedTuple):
-    """`read`: (folder, classes) -> records by split; `images`: folder -> the folder that file names are relative to."""
+    """One format.
 
-    read: Callable[[Path, Sequence[str]], dict[str, Split]]
+    `recognise`: folder -> whether its layout is this one, and why. `class_names`: folder -> names in its own order;
+    ImportRefused when they cannot be told. `read`: (folder, classes, divider) -> records by split. `images`: folder ->
+    the folder that file names are relative to.
+    """
+
+    recognise: Callable[[Path], tuple[bool, str]]
+    class_names: Callable[[Path], tuple[str, ...]]
+    read: Callable[[Path, Sequence[str], Divider], dict[str, Split]]
     images: Callable[[Path], Path]
 
 
 READERS = {
-    "coco": Reader(read_coco, lambda folder: folder / IMAGES),
-    "voc": Reader(read_voc, lambda folder: voc_folder(folder).images),
+    "coco": Reader(coco.recognise, coco.class_names, coco.read_coco, lambda folder: folder / coco.IMAGES),
+    "voc": Reader(voc.recognise, voc.class_names, voc.read_voc, lambda folder: voc.voc_folder(folder).images),
+    "yolo": Reader(yolo.recognise, yolo.class_names, yolo.read_yolo, lambda folder: folder),
+    "visdrone": Reader(visdrone.recognise, visdrone.class_names, visdrone.read_visdrone, lambda folder: folder),
+    "uavdt": Reader(uavdt.recognise, uavdt.class_names, uavdt.read_uavdt, lambda folder: folder),
 }
 
 
@@ -35,40 +45,48 @@ class RawData(NamedTuple):
     problems: list[Problem]
 
 
-def read_raw(format: str, folder: Path, classes: Sequence[str]) -> RawData:
+class Labels(NamedTuple):
+    """The records of a folder by split and their problems; and how it was divided, with the problems of that."""
+
+    splits: dict[str, Split]
+    problems: list[Problem]
+    divider: Divider
+
+
+def read_raw(format: str, folder: Path, classes: Sequence[str], rule: SplitRule) -> RawData:
     """Read labels and pictures in a format of READERS; every fault becomes a `Problem`, nothing is raised."""
+    labels = read_labels(format, folder, classes, rule)
+    images = labels.divider.images
+    problems = labels.divider.problems + labels.problems
+    problems += image_problems(images, [record for content in labels.splits.values() for record in content.images])
+    return RawData(labels.splits, images, problems + _repeated_pictures(labels))
+
+
+def read_labels(format: str, folder: Path, classes: Sequence[str], rule: SplitRule | None) -> Labels:
+    """Read labels without decoding pictures; without a rule, `labels.divider.rule` is the one that fits the folder."""
     reader = READERS[format]
-    splits, images = reader.read(folder, classes), reader.images(folder)
-    problems = [problem for content in splits.values() for problem in content.problems]
-    problems += image_problems(images, [record for content in splits.values() for record in content.images])
-    return RawData(splits, images, problems + _repeated_pictures(images, splits))
+    divider = Divider(folder, reader.images(folder), rule)
+    splits = reader.read(folder, classes, divider)
+    return Labels(splits, [problem for content in splits.values() for problem in content.problems], divider)
 
 
-def _repeated_pictures(images: Path, splits: Mapping[str, Split]) -> list[Problem]:
+def _repeated_pictures(labels: Labels) -> list[Problem]:
     """Return pictures of other names with the same bytes: a leak between splits, a warning within one."""
-    owners = {record.file_name: split for split, content in splits.items() for record in content.images}
+    owners = {record.file_name: split for split, content in labels.splits.items() for record in content.images}
+    images, known = labels.divider.images, labels.divider.digests
+    found: Mapping[str, str | None] = digests(images, list(owners)) if owners.keys() - known.keys() else known
     first: dict[str, str] = {}
     problems = []
-    with threads() as pool:
-        digests = pool.map(lambda name: _digest(images / name), owners)
-        for name, digest in zip(owners, digests, strict=True):
-            other = first.setdefault(digest, name) if digest is not None else name
-            if other == name:
-                continue
-            same, place = f"the same bytes as {other!r}", images / name
-            if owners[name] == owners[other]:
-                rule = f"{same}, also in split {owners[name]!r}: one picture counts twice"
-                problems.append(Problem(place, None, rule, "Kept: remove one if that is not meant", "warning"))
-            else:
-                rule = f"leak: split {owners[name]!r} holds {same} in {owners[other]!r}, so a score would not be fair"
-                problems.append(Problem(place, None, rule, "Keep both in one split, or one of them"))
+    for name, split in owners.items():
+        digest = found[name]
+        other = first.setdefault(digest, name) if digest is not None else name
+        if other == name:
+            continue
+        same, place = f"the same bytes as {other!r}", images / name
+        if split == owners[other]:
+            rule = f"{same}, also in split {split!r}: one picture counts twice"
+            problems.append(Problem(place, None, rule, "Kept: remove one if that is not meant", "warning"))
+        else:
+            rule = f"leak: split {split!r} holds {same} in {owners[other]!r}, so a score would not be fair"
+            problems.append(Problem(place, None, rule, "Keep both in one split, or one of them"))
     return problems
-
-
-def _digest(path: Path) -> str | None:
-    """SHA-256 of a file, or None where it cannot be read, which `image_problems` reports."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from data.problems import Problem
 
 SPLITS: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
+
+# Of one file; each takes about half a kilobyte, and nobody reads more.
+_MAX_PROBLEMS = 20_000
 
 XYWH = tuple[float, float, float, float]
 
@@ -44,9 +48,39 @@ class Split:
     """
 
     images: list[ImageRecord] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
     num_boxes_clipped: int = 0
     num_boxes_excluded: int = 0
+    _problems: list[Problem] = field(default_factory=list, repr=False)
+    _num_problems: dict[Path, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """All problems; of a file with more than anybody reads the first ones, and at the end how many more."""
+        return self._problems + [
+            Problem(
+                path, None, f"{number - _MAX_PROBLEMS} more problems of this file are not listed", "Correct the others"
+            )
+            for path, number in self._num_problems.items()
+            if number > _MAX_PROBLEMS
+        ]
+
+    def report(self, path: Path, rule: str, remedy: str, *, line: int | None = None, column: int | None = None) -> None:
+        """Add an error, which stops preparation."""
+        if self._has_room(path):
+            self._problems.append(Problem(path, line, rule, remedy, "error", column))
+
+    def warn(self, path: Path, rule: str, remedy: str, *, line: int | None = None) -> None:
+        """Add a warning: something that is mended or left out when prepared."""
+        if self._has_room(path):
+            self._problems.append(Problem(path, line, rule, remedy, "warning"))
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        """Add what was found elsewhere."""
+        self._problems += problems
+
+    def _has_room(self, path: Path) -> bool:
+        number = self._num_problems[path] = self._num_problems.get(path, 0) + 1
+        return number <= _MAX_PROBLEMS
 
 
 def clip_xywh(box_xywh_px: Iterable[float], width_px: int, height_px: int) -> XYWH | None:

@@ -1,7 +1,8 @@
 """The Pascal VOC layout: one XML file per picture, and lists that say which picture belongs to which split.
 
 Read are `Annotations/*.xml JPEGImages/* ImageSets/Main/{train,val,test}.txt` and the flat
-`annotations/*.xml images/* splits/{train,val,test}.txt`. A list names one picture a line, with or without extension.
+`annotations/*.xml images/* splits/{train,val,test}.txt`. A list names one picture a line, with or without extension;
+pictures in no list are unassigned.
 
 Coordinates count pixels from 1 and include both ends (Everingham et al., VOC2007 development kit): a box covers the
 columns xmin..xmax, so x = xmin - 1 and w = xmax - xmin + 1. That is the one convention here. Files of tools that count
@@ -14,16 +15,16 @@ nothing, and training takes it neither for an object nor for background.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from data.coco import is_safe_name
-from data.problems import Problem
-from data.records import SPLITS, Box, ImageRecord, Split, clip_xywh
+from data.cleaning import ImageBoxes
+from data.dividing import UNASSIGNED, Divider
+from data.label_files import MAX_LIST_BYTES, UnreadableFile, is_safe_name, number, read_lines, whole
+from data.pictures import MAX_SIDE_PX, SUFFIXES, is_picture
+from data.records import SPLITS, ImageRecord, Split
 from data.voc_xml import SIDES, UnreadableXml, VocAnnotation, VocObject, read_annotation
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 _LAYOUTS = (("Annotations", "JPEGImages", "ImageSets/Main"), ("annotations", "images", "splits"))
 _NUM_EXAMPLES = 3
 
@@ -46,20 +47,42 @@ def voc_folder(folder: Path) -> VocFolder:
     return max(layouts, key=lambda layout: sum(part.is_dir() for part in layout))
 
 
-def read_voc(folder: Path, classes: Sequence[str]) -> dict[str, Split]:
+def recognise(folder: Path) -> tuple[bool, str]:
+    """Whether a folder is in this layout, and what was found or missed."""
+    parts = voc_folder(folder)
+    if not parts.images.is_dir() or not parts.annotations.is_dir():
+        return False, "no Annotations/ beside JPEGImages/, nor annotations/ beside images/"
+    num_files = sum(1 for _ in parts.annotations.glob("*.xml"))
+    found = f"{parts.annotations.name}/ beside {parts.images.name}/ holds {num_files or 'no'} XML files"
+    return num_files > 0, found
+
+
+def read_voc(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str, Split]:
     """Read the three splits; every fault becomes a `Problem` of its split, nothing is raised.
 
     Pictures are found by the lists' names and classes by the XML's `name`. Boxes are clipped to their picture and
     counted; those without area inside it, and repetitions of a box of the same class (the first stays), are left out
     and counted. Image ids run through all splits, in the order of the names.
     """
-    return _Reader(folder, classes).read()
+    return _Reader(folder, classes).read(divide)
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Return the class names of all listed pictures, sorted; what cannot be read is left to `read_voc` to report."""
-    reader = _Reader(folder, ())
-    return tuple(sorted(reader.class_names()))
+    """Return the class names of all objects, sorted; what cannot be read is left to `read_voc` to report.
+
+    Of pictures in no list only where one of the three lists is lacking.
+    """
+    listed = _Reader(folder, ()).listed()
+    if listed.keys() >= {*SPLITS}:
+        listed.pop(UNASSIGNED, None)
+    names: set[str] = set()
+    for stem in (PurePosixPath(name).stem for names in listed.values() for name in names):
+        try:
+            annotation = read_annotation(voc_folder(folder).annotations / f"{stem}.xml")
+        except UnreadableXml:
+            continue
+        names |= {name for name in (found.fields.get("name") for found in annotation.objects) if name}
+    return tuple(sorted(names))
 
 
 class _Reader:
@@ -71,171 +94,140 @@ class _Reader:
         self.splits: dict[str, Split] = {split: Split() for split in SPLITS}
         self.pictures: dict[str, list[str]] = {}
 
-    def read(self) -> dict[str, Split]:
-        listed = self._listed()
+    def read(self, divide: Divider) -> dict[str, Split]:
+        listed = self.listed()
+        if not listed:
+            return self.splits
+        divided = divide(listed)
+        self._count_unused({PurePosixPath(name).stem for names in divided.values() for name in names})
         image_id = 0
-        for split, stems in listed.items():
-            num_difficult = 0
-            for stem in sorted(stems):
+        for split, pictures in divided.items():
+            content = self.splits[split]
+            for name in sorted(pictures, key=lambda name: PurePosixPath(name).stem):
                 image_id += 1
-                image = self._image(self.splits[split], image_id, stem)
+                image = self._image(content, image_id, name)
                 if image is not None:
-                    self.splits[split].images.append(image)
-                    num_difficult += sum(box.is_crowd for box in image.boxes)
+                    content.images.append(image)
+            num_difficult = sum(box.is_crowd for image in content.images for box in image.boxes)
             if num_difficult:
                 rule = f"{num_difficult} boxes are marked difficult, so scoring must neither reward nor punish them"
-                path = self.folder.list_file(split)
-                _fault(self.splits[split], path, None, rule, "Kept as crowd boxes when prepared", warning=True)
+                content.warn(self.folder.list_file(split), rule, "Kept as crowd boxes when prepared")
         return self.splits
 
-    def class_names(self) -> set[str]:
-        names: set[str] = set()
-        for stem in (stem for stems in self._listed().values() for stem in stems):
-            try:
-                annotation = read_annotation(self._xml(stem))
-            except UnreadableXml:
-                continue
-            names |= {name for name in (found.fields.get("name") for found in annotation.objects) if name}
-        return names
-
-    def _xml(self, stem: str) -> Path:
-        return self.folder.annotations / f"{stem}.xml"
-
-    def _listed(self) -> dict[str, list[str]]:
-        """Return the stems of each split's pictures; a folder that lacks a part is reported and has none."""
+    def listed(self) -> dict[str, list[str]]:
+        """Return the pictures of each split that has a list, and those of no list; nothing where a part is lacking."""
         first = self.splits[SPLITS[0]]
-        for part in (self.folder.annotations, self.folder.images):
-            if not part.is_dir():
-                _fault(first, part, None, "a VOC folder holds pictures and XML files", "Add this folder or name COCO")
-        for split in SPLITS:
-            path = self.folder.list_file(split)
-            if not path.is_file():
-                rule = "pinned split lists are required, so that every run trains and scores on the same pictures"
-                remedy = "Write train.txt, val.txt and test.txt there, one picture's name a line"
-                _fault(self.splits[split], path, None, rule, remedy)
-        if any(content.problems for content in self.splits.values()):
+        missing = [part for part in (self.folder.annotations, self.folder.images) if not part.is_dir()]
+        for part in missing:
+            first.report(part, "a VOC folder holds pictures and XML files", "Add this folder or name another format")
+        if missing:
             return {}
         for path in sorted(self.folder.images.iterdir()):
-            if path.suffix.lower() in SUFFIXES:
+            if is_picture(path.name):
                 self.pictures.setdefault(path.stem, []).append(path.name)
         owners: dict[str, str] = {}
-        listed: dict[str, list[str]] = {split: list(self._list(split, owners)) for split in SPLITS}
-        xml = {path.stem for path in self.folder.annotations.glob("*.xml")}
-        for path, stems in ((self.folder.images, set(self.pictures)), (self.folder.annotations, xml)):
-            unlisted = sorted(stems - set(owners))
-            if unlisted:
-                rule = f"{len(unlisted)} files are in no list, for example {', '.join(unlisted[:_NUM_EXAMPLES])}"
-                _fault(first, path, None, rule, "Left out when prepared: list them to use them", warning=True)
-        return listed
+        lists = [split for split in SPLITS if self.folder.list_file(split).exists()]
+        listed = {split: [self.pictures[stem][0] for stem in self._list(split, owners)] for split in lists}
+        unlisted = {stem: files for stem, files in self.pictures.items() if stem not in owners}
+        return listed | ({UNASSIGNED: self._unlisted(unlisted)} if unlisted else {})
+
+    def _unlisted(self, unlisted: dict[str, list[str]]) -> list[str]:
+        for stem, files in unlisted.items():
+            if len(files) > 1:
+                rule = f"{', '.join(files)} share the annotation file {stem}.xml"
+                self.splits[SPLITS[0]].report(self.folder.images, rule, "Keep one of these pictures")
+            if not is_safe_name(files[0]):
+                rule = f"{files[0]!r} is not a file name that can be written down"
+                self.splits[SPLITS[0]].report(self.folder.images, rule, "Rename the picture")
+        return [files[0] for files in unlisted.values() if is_safe_name(files[0])]
+
+    def _count_unused(self, used: set[str]) -> None:
+        unused = sorted({path.stem for path in self.folder.annotations.glob("*.xml")} - used)
+        if unused:
+            rule = f"{len(unused)} files are of no picture in a split, for example {', '.join(unused[:_NUM_EXAMPLES])}"
+            remedy = "Left out when prepared: add or list the pictures to use them"
+            self.splits[SPLITS[0]].warn(self.folder.annotations, rule, remedy)
 
     def _list(self, split: str, owners: dict[str, str]) -> Iterator[str]:
         """Yield the stems of one list whose picture is there; `owners` says where a stem was listed first."""
         path, content = self.folder.list_file(split), self.splits[split]
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            _fault(content, path, None, f"not a text file in UTF-8: {error}", "Write the list again")
+            names = [(line, text.strip()) for line, text in read_lines(path, MAX_LIST_BYTES)]
+        except UnreadableFile as error:
+            content.report(path, str(error), "Write the list again")
             return
-        names = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
         if not names:
-            _fault(content, path, None, "the split has no images", "Training needs train, val and test images")
-        for number, name in names:
+            content.report(path, "the split has no images", "Training needs train, val and test images")
+        for line, name in names:
             if not is_safe_name(name) or "/" in name:
                 rule = f"{name!r} is not the bare name of a file"
-                _fault(content, path, number, rule, "Name a picture without any folder")
+                content.report(path, rule, "Name a picture without any folder", line=line)
                 continue
             stem = name if name in self.pictures else _without_suffix(name)
             files = self.pictures.get(stem, [])
             if stem in owners:
                 rule = f"{name!r} is listed in {owners[stem]} already, so it would count twice or leak"
-                _fault(content, path, number, rule, "Keep it in one list, once")
+                content.report(path, rule, "Keep it in one list, once", line=line)
                 continue
-            owners[stem] = f"{path.name}:{number}"
+            owners[stem] = f"{path.name}:{line}"
             if len(files) == 1:
                 yield stem
             elif files:
                 rule = f"{name!r} could be any of {', '.join(files)}"
-                _fault(content, path, number, rule, "Keep one of these pictures")
+                content.report(path, rule, "Keep one of these pictures", line=line)
             else:
                 rule = f"there is no picture {self.folder.images.name}/{stem} with one of {', '.join(sorted(SUFFIXES))}"
-                _fault(content, path, number, rule, "Add the picture or remove the line")
+                content.report(path, rule, "Add the picture or remove the line", line=line)
 
-    def _image(self, content: Split, image_id: int, stem: str) -> ImageRecord | None:
+    def _image(self, content: Split, image_id: int, picture: str) -> ImageRecord | None:
         """Return the record of a listed picture, or None when its XML is unusable."""
-        path, picture = self._xml(stem), self.pictures[stem][0]
+        stem = PurePosixPath(picture).stem
+        path = self.folder.annotations / f"{stem}.xml"
         try:
             annotation = read_annotation(path)
         except UnreadableXml as error:
-            _fault(content, path, error.line, str(error), "Provide a sound VOC annotation or unlist the picture")
+            remedy = "Provide a sound VOC annotation or unlist the picture"
+            content.report(path, str(error), remedy, line=error.line, column=error.column)
             return None
-        width, height = (_number(annotation.fields.get(f"size/{side}")) for side in ("width", "height"))
-        if not (width and height and min(width, height) > 0 and width.is_integer() and height.is_integer()):
-            _fault(content, path, None, "<size> must have a width and height of whole pixels above 0", "Correct it")
+        width, height = (whole(annotation.fields.get(f"size/{side}")) for side in ("width", "height"))
+        if width is None or height is None or min(width, height) < 1 or max(width, height) > MAX_SIDE_PX:
+            rule = f"<size> must have a width and height of whole pixels from 1 to {MAX_SIDE_PX}"
+            content.report(path, rule, "Correct it")
             return None
         self._compare_file_name(content, path, annotation, stem)
-        boxes: list[Box] = []
+        boxes = ImageBoxes(content, width, height)
         for found in annotation.objects:
-            self._box(content, path, found, int(width), int(height), boxes)
-        return ImageRecord(image_id, picture, int(width), int(height), tuple(boxes), ())
+            self._box(path, found, boxes)
+        return boxes.record(image_id, picture)
 
     def _compare_file_name(self, content: Split, path: Path, annotation: VocAnnotation, stem: str) -> None:
         name = annotation.fields.get("filename")
         if not name:
             return
         if not is_safe_name(name):
-            _fault(content, path, None, f"filename {name!r} leaves the images folder", "Use the picture's bare name")
+            content.report(path, f"filename {name!r} leaves the images folder", "Use the picture's bare name")
         elif stem not in (name, PurePosixPath(name).stem):
             rule = f"filename {name!r} is not that of the picture {stem!r}, which the list names"
-            _fault(content, path, None, rule, "The list decides: see that these are its boxes", warning=True)
+            content.warn(path, rule, "The list decides: see that these are its boxes")
 
-    def _box(
-        self, content: Split, path: Path, found: VocObject, width_px: int, height_px: int, boxes: list[Box]
-    ) -> None:
-        """Append one object's box to `boxes`, or count or report why not."""
+    def _box(self, path: Path, found: VocObject, boxes: ImageBoxes) -> None:
+        """Add one object's box to `boxes`, or report why not."""
         name, difficult = found.fields.get("name"), found.fields.get("difficult") or "0"
-        corners = [_number(found.fields.get(f"bndbox/{side}")) for side in SIDES]
+        corners = [number(found.fields.get(f"bndbox/{side}")) for side in SIDES]
         if not name or difficult not in ("0", "1") or None in corners:
             rule = "an object needs a name, four numbers in its bndbox and, if any, a difficult of 0 or 1"
-            _fault(content, path, found.line, rule, "Correct it")
-            return
-        xmin, ymin, xmax, ymax = (corner for corner in corners if corner is not None)
-        box = (xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1)
-        corners_text = f"box {[found.fields[f'bndbox/{side}'] for side in SIDES]} (xmin, ymin, xmax, ymax)"
-        clipped = clip_xywh(box, width_px, height_px)
-        if clipped is None:
-            content.num_boxes_excluded += 1
-            rule = f"{corners_text} has no area inside its {width_px}x{height_px} px image"
-            _fault(content, path, found.line, rule, "Left out when prepared: mend or delete it", warning=True)
+            boxes.content.report(path, rule, "Correct it", line=found.line)
             return
         if name not in self.labels:
             rule = f"{name!r} is not one of the card's classes"
-            _fault(content, path, found.line, rule, f"Known: {', '.join(self.labels)}")
+            boxes.content.report(path, rule, f"Known: {', '.join(self.labels)}", line=found.line)
             return
-        kept = Box(self.labels[name], clipped, round(clipped[2] * clipped[3], 2), difficult == "1")
-        if any(other[:2] == kept[:2] for other in boxes):
-            content.num_boxes_excluded += 1
-            rule = f"{corners_text} of class {name!r} occurs twice"
-            _fault(content, path, found.line, rule, "Kept once when prepared: delete the repetition", warning=True)
-            return
-        if clipped != tuple(round(side, 2) for side in box):
-            content.num_boxes_clipped += 1
-            rule = f"{corners_text} sticks out of its {width_px}x{height_px} px image"
-            _fault(content, path, found.line, rule, "Clipped when prepared", warning=True)
-        boxes.append(kept)
-
-
-def _fault(content: Split, path: Path, line: int | None, rule: str, remedy: str, *, warning: bool = False) -> None:
-    content.problems.append(Problem(path, line, rule, remedy, "warning" if warning else "error"))
+        xmin, ymin, xmax, ymax = (corner for corner in corners if corner is not None)
+        box = (xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1)
+        shown = f"box {[found.fields[f'bndbox/{side}'] for side in SIDES]} (xmin, ymin, xmax, ymax)"
+        boxes.add(path, found.line, shown, self.labels[name], name, box, is_crowd=difficult == "1")
 
 
 def _without_suffix(name: str) -> str:
     path = PurePosixPath(name)
     return path.stem if path.suffix.lower() in SUFFIXES else name
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if isfinite(number) else None

@@ -11,6 +11,8 @@ from xml.sax.xmlreader import AttributesImpl, Locator
 from defusedxml import DefusedXmlException
 from defusedxml.sax import parseString
 
+from data.label_files import UnreadableFile, read_bytes
+
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 IMAGE_FIELDS = frozenset({"filename", "size/width", "size/height"})
 OBJECT_FIELDS = frozenset({"name", "difficult", *(f"bndbox/{side}" for side in SIDES)})
@@ -18,11 +20,11 @@ _MAX_DEPTH = 4  # annotation/object/bndbox/xmin
 
 
 class UnreadableXml(ValueError):
-    """A file that is no VOC annotation; the message is the rule it breaks, `line` the place where it is known."""
+    """A file that is no VOC annotation; the message is the rule it breaks, `line` and `column` the place if known."""
 
-    def __init__(self, rule: str, line: int | None = None) -> None:
+    def __init__(self, rule: str, line: int | None = None, column: int | None = None) -> None:
         super().__init__(rule)
-        self.line = line
+        self.line, self.column = line, column
 
 
 class VocObject(NamedTuple):
@@ -46,16 +48,14 @@ def read_annotation(path: Path) -> VocAnnotation:
     has another root than `<annotation>`, or has one of the fields twice.
     """
     handler = _Handler()
-    if path.exists() and not path.is_file():
-        raise UnreadableXml("not a regular file")
     try:
-        parseString(path.read_bytes(), handler, forbid_dtd=True)
-    except FileNotFoundError as error:
-        raise UnreadableXml("the file is missing") from error
-    except OSError as error:
-        raise UnreadableXml(f"cannot be read: {error.strerror}") from error
+        parseString(read_bytes(path), handler, forbid_dtd=True)
+    except UnreadableFile as error:
+        raise UnreadableXml(str(error)) from error
     except SAXParseException as error:
-        raise UnreadableXml(f"not XML: {error.getMessage()}", error.getLineNumber()) from error
+        column = error.getColumnNumber()
+        place = error.getLineNumber(), None if column is None else column + 1
+        raise UnreadableXml(f"not XML: {error.getMessage()}", *place) from error
     except DefusedXmlException as error:
         raise UnreadableXml("document types and entities are not allowed: they serve attacks, not labels") from error
     except UnreadableXml:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -19,15 +18,16 @@ data_app = typer.Typer(help="Datasets: import, check, list, report.", no_args_is
 @data_app.command("import")
 def import_command(
     name: str,
-    path: Annotated[Path, typer.Argument(help="Folder of pictures, labels and splits.")],
-    format: Annotated[str, typer.Option(help="Label format: coco or voc.")] = "coco",
-    licence: Annotated[str, typer.Option(help="Licence of the images, kept with every model.")] = "unknown",
+    path: Annotated[str, typer.Argument(help="Folder, .zip or .tar archive, or s3://bucket/prefix.")],
+    format: Annotated[str, typer.Option(help="Label format: auto, coco, voc, yolo, visdrone or uavdt.")] = "auto",
+    licence: Annotated[str | None, typer.Option(help="Licence of the images, kept with every model.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the data into data/raw instead of linking it.")] = False,
 ) -> None:
     """Register a dataset where it lies or as a copy: data/raw/NAME, a card in data/catalog, a line in params.yaml.
 
-    coco: images/, annotations/{train,val,test}.json. voc: Annotations/*.xml, JPEGImages/,
-    ImageSets/Main/{train,val,test}.txt, or annotations/*.xml, images/, splits/{train,val,test}.txt.
+    Archives and what comes from S3 are copied. Splits that the files lack are divided by the pictures' content; see
+    `splits` in the card. Known by name, with classes, protocol and expected counts: neu-det, visdrone, uavdt,
+    tinyindus.
     """
     from data.card import did_you_mean
     from data.importing import FORMATS, register
@@ -36,7 +36,9 @@ def import_command(
     if format not in FORMATS:
         hint = did_you_mean(format, FORMATS)
         raise typer.BadParameter(f"{format!r} is not known.{hint} Known: {', '.join(FORMATS)}", param_hint="--format")
-    card = register(name, path, cast("Format", format), repo=REPO, licence=licence, copy=copy)
+    card, notes = register(name, path, cast("Format", format), repo=REPO, licence=licence, copy=copy)
+    for note in notes:
+        typer.echo(note)
     typer.echo(
         f"{card.name}: {len(card.classes)} classes ({', '.join(card.classes)}); check it: speck data check {name}"
     )

@@ -146,7 +146,8 @@ class RunSpec(_Section):
     @property
     def run_key(self) -> str:
         """12 hex digits that depend on all that changes the result, and on nothing else."""
-        told = {"description", "licence", "source"}
+        # The version already says which picture is in which split.
+        told = {"description", "licence", "source", "sources", "splits"}
         identity = self.model_dump(mode="json", exclude={"scoring": True, "compute": True, "dataset": {"card": told}})
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
 

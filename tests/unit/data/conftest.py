@@ -69,3 +69,18 @@ def make_repo(tmp_path: Path) -> Callable[..., Path]:
         return repo
 
     return make
+
+
+@pytest.fixture(scope="session")
+def paint() -> Callable[..., Path]:
+    """Writes a picture of noise, no two paths alike, and returns its path."""
+
+    def write(path: Path, width_px: int = 60, height_px: int = 40) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(list(path.as_posix().encode())).integers(
+            0, 256, (height_px, width_px, 3), np.uint8
+        )
+        cv2.imwrite(str(path), noise)
+        return path
+
+    return write

@@ -26,7 +26,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 def test_registered_data_can_be_prepared(coco_folder: Make, make_repo: Make) -> None:
     repo, source = make_repo(), coco_folder()
-    card = register("harbour", source, "coco", repo=repo, licence="CC-BY-4.0", ignore_rule="covered-half")
+    card = register("harbour", source, "coco", repo=repo, licence="CC-BY-4.0", ignore_rule="covered-half").card
     assert load_card("harbour", repo / "data/catalog") == card
     assert (card.classes, card.licence, card.ignore_rule) == (("car", "boat"), "CC-BY-4.0", "covered-half")
     assert card.source == "data/raw/harbour"
@@ -151,13 +151,13 @@ def test_bad_names_and_licences(coco_folder: Make, make_repo: Make) -> None:
 
 def test_incomplete_folders_are_refused(coco_folder: Make, make_repo: Make) -> None:
     source, repo = coco_folder(), make_repo()
-    (source / "annotations/val.json").unlink()
-    with pytest.raises(ImportRefused, match=r"a COCO folder holds .* Add what is missing: .*val\.json"):
+    shutil.rmtree(source / "images")
+    with pytest.raises(ImportRefused, match=r"a COCO folder holds .* Add what is missing"):
         register("harbour", source, "coco", repo=repo, licence="l")
 
 
 def test_a_missing_folder_is_refused(make_repo: Make, tmp_path: Path) -> None:
-    with pytest.raises(ImportRefused, match=r"absent': raw data must be a folder.* Correct the path"):
+    with pytest.raises(ImportRefused, match=r"absent': raw data is a folder, an archive .* Correct the path"):
         register("harbour", tmp_path / "absent", "coco", repo=make_repo(), licence="l")
 
 
@@ -168,7 +168,7 @@ def test_a_missing_folder_is_refused(make_repo: Make, tmp_path: Path) -> None:
 def test_unsound_annotation_files_are_refused(coco_folder: Make, make_repo: Make, text: str, rule: str) -> None:
     source = coco_folder()
     (source / "annotations/val.json").write_text(text)
-    with pytest.raises(ImportRefused, match=rf"val\.json: error: .*{rule}"):
+    with pytest.raises(ImportRefused, match=rf"val\.json(:1:1)?: error: .*{rule}"):
         register("harbour", source, "coco", repo=make_repo(), licence="l")
 
 

@@ -8,13 +8,16 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pycocotools.coco import COCO
 
-from data.prepare import UnsupportedFormat, prepare
+from data.card import DatasetCard
+from data.importing import FORMATS, Format
+from data.prepare import prepare
 from data.problems import InvalidDataset
+from data.reading import READERS
 
 Make = Callable[..., Path]
 
@@ -185,6 +188,7 @@ def test_a_killed_runs_leftovers_are_replaced(coco_folder: Make, make_repo: Make
     assert "images/half.png" not in _hashes(prepare("tiny", repo))
 
 
-def test_a_format_without_reader_is_refused(coco_folder: Make, make_repo: Make) -> None:
-    with pytest.raises(UnsupportedFormat, match="'yolo' cannot be prepared yet"):
-        prepare("tiny", make_repo(coco_folder(), format="yolo"))
+def test_every_format_of_a_card_can_be_read_and_imported() -> None:
+    formats = set(get_args(DatasetCard.model_fields["format"].annotation))
+    assert formats == {*READERS, "procedural"}
+    assert set(get_args(Format)) == set(FORMATS) == {*READERS, "auto"}

@@ -26,8 +26,9 @@ from data.checking import check
 from data.importing import ImportRefused, register
 from data.prepare import prepare
 from data.problems import InvalidDataset, Problem
+from data.reading import read_labels
 from data.records import SPLITS
-from data.voc import read_voc
+from data.splits import SplitRule
 
 Make = Callable[..., Path]
 WIDTH_PX, HEIGHT_PX = 60, 40
@@ -118,6 +119,10 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def files(repo: Path) -> list[Path]:
+    return sorted(path for path in repo.rglob("*") if ".dvc" not in path.parts)
+
+
 def by_severity(problems: list[Problem], severity: str) -> list[str]:
     return [str(problem) for problem in problems if problem.severity == severity]
 
@@ -125,7 +130,7 @@ def by_severity(problems: list[Problem], severity: str) -> list[str]:
 @pytest.mark.parametrize("parts", [STANDARD, FLAT])
 def test_imported_data_is_what_the_files_say(make_repo: Make, tmp_path: Path, parts: tuple[str, ...]) -> None:
     source, repo = write(tmp_path / "source", parts=parts), make_repo()
-    card = register("plates", source, "voc", repo=repo, licence="CC0-1.0")
+    card = register("plates", source, "voc", repo=repo, licence="CC0-1.0").card
     assert card.classes == ("chip", "dent", "rust"), "sorted, over all splits"
     card_text = (repo / "data/catalog/plates.yaml").read_text()
     assert (yaml.safe_load(card_text)["format"], str(source) in card_text) == ("voc", False)
@@ -175,7 +180,7 @@ def test_boxes_cover_the_pixels_they_name(corners: list[tuple[int, int, int, int
     with tempfile.TemporaryDirectory() as folder:
         things = [Thing("dent", corner) for corner in corners]
         write(Path(folder), {"train": {"a": things}, "val": {"b": []}, "test": {"c": []}})
-        split = read_voc(Path(folder), ["dent"])["train"]
+        split = read_labels("voc", Path(folder), ["dent"], SplitRule()).splits["train"]
     assert [box.box_xywh_px for box in split.images[0].boxes] == boxes
     assert (split.num_boxes_clipped, split.num_boxes_excluded) == (num_clipped, num_outside + num_again)
     assert len(split.problems) == num_clipped + num_outside + num_again
@@ -264,8 +269,9 @@ def test_all_problems_come_at_once(make_voc_repo: Make, tmp_path: Path) -> None:
     assert len(errors) == len(parts)
     warnings = by_severity(list(caught.value.problems), "warning")
     assert [text.partition(": warning: ")[2] for text in warnings] == [
-        "1 files are in no list, for example lonely. Left out when prepared: list them to use them",
-        "1 files are in no list, for example lonely. Left out when prepared: list them to use them",
+        "1 pictures are in no split, for example lonely.png. Left out when prepared: list them to use them",
+        "2 files are of no picture in a split, for example d, lonely. "
+        "Left out when prepared: add or list the pictures to use them",
         "filename 'other.png' is not that of the picture 'b-2', which the list names. "
         "The list decides: see that these are its boxes",
     ]
@@ -279,18 +285,28 @@ def test_a_class_that_the_card_lacks(make_voc_repo: Make, tmp_path: Path) -> Non
         prepare("tiny", repo)
 
 
-def test_folders_without_pinned_splits_are_refused(make_repo: Make, tmp_path: Path) -> None:
+def test_a_lacking_list_is_made_up_for(make_repo: Make, tmp_path: Path) -> None:
+    """The pictures that it held are divided by their content, the other lists hold; the card says so."""
     source, repo = write(tmp_path / "source", parts=STANDARD), make_repo()
     (source / "ImageSets/Main/val.txt").unlink()
-    before = sorted(repo.rglob("*"))
-    with pytest.raises(
-        ImportRefused, match=r"Main/val\.txt: error: pinned split lists are required.* Write train\.txt"
-    ):
-        register("plates", source, "voc", repo=repo, licence="l")
+    card, notes = register("plates", source, "voc", repo=repo, licence="l")
+    assert (card.splits.rule, card.classes) == ("ratio", ("chip", "dent", "rust"))
+    assert any("by the rule 'ratio'" in note for note in notes)
+    splits = read_labels("voc", source, card.classes, card.splits).splits
+    assert [image.file_name for image in splits["test"].images] == ["c.v1.png"]
+    assert sum(len(content.images) for content in splits.values()) == 4
+    problems = read_labels("voc", source, card.classes, SplitRule()).divider.problems
+    assert [problem.severity for problem in problems] == ["error", "warning"]
+    assert "no split 'val': training needs train, selection val" in str(problems[0])
+
+
+def test_folders_without_pictures_are_refused(make_repo: Make, tmp_path: Path) -> None:
+    source, repo = write(tmp_path / "source", parts=STANDARD), make_repo()
+    before = files(repo)
     shutil.rmtree(source / "JPEGImages")
-    with pytest.raises(ImportRefused, match=r"(?s)JPEGImages: error: a VOC folder holds pictures .*pinned split lists"):
+    with pytest.raises(ImportRefused, match=r"JPEGImages: error: a VOC folder holds pictures"):
         register("plates", source, "voc", repo=repo, licence="l")
-    assert sorted(repo.rglob("*")) == before
+    assert files(repo) == before
 
 
 @pytest.mark.parametrize(
@@ -298,16 +314,16 @@ def test_folders_without_pinned_splits_are_refused(make_repo: Make, tmp_path: Pa
     [
         ("splits/val.txt", b"\n \n", r"val\.txt: error: the split has no images"),
         ("splits/val.txt", b"\xff\xfe\x00", r"val\.txt: error: not a text file in UTF-8"),
-        ("annotations/a.xml", b"<annotation>", r"a\.xml:1: error: not XML"),
+        ("annotations/a.xml", b"<annotation>", r"a\.xml:1:13: error: not XML"),
     ],
 )
 def test_unsound_folders_are_refused(make_repo: Make, tmp_path: Path, name: str, content: bytes, rule: str) -> None:
     source, repo = write(tmp_path / "source"), make_repo()
     (source / name).write_bytes(content)
-    before = sorted(repo.rglob("*"))
+    before = files(repo)
     with pytest.raises(ImportRefused, match=rule):
         register("plates", source, "voc", repo=repo, licence="l")
-    assert sorted(repo.rglob("*")) == before
+    assert files(repo) == before
 
 
 def test_data_without_any_object_is_refused(make_repo: Make, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     (repo / "data/catalog").mkdir(parents=True)
     (repo / "data/raw").mkdir()
     (repo / "params.yaml").write_text("datasets: []\n")
-    card = register("neu-det", NEU_DET, "voc", repo=repo, licence="research")
+    card = register("neu-det", NEU_DET, repo=repo, licence="research").card
     assert card.classes == tuple(BOXES_BY_CLASS)
     folder = prepare("neu-det", repo)
     return {split: json.loads((folder / f"annotations/{split}.json").read_bytes()) for split in SPLITS}

@@ -1,0 +1,132 @@
+"""`Divider`: what a folder says about its splits, and a card's rule, made into lists of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from data.images import threads
+from data.problems import Problem
+from data.records import SPLITS
+from data.splits import SplitRule, assign
+
+UNASSIGNED = "unassigned"
+_NUM_EXAMPLES = 3
+
+
+class Divider:
+    """Called by a reader with the names of the pictures by split, before it reads their labels.
+
+    A split that the folder does not have is not among the keys; pictures that it puts nowhere are UNASSIGNED. Without a
+    rule the files' own splits are used or, where one is lacking, the rule `ratio`; `rule` is then the one in use.
+    """
+
+    def __init__(self, folder: Path, images: Path, rule: SplitRule | None) -> None:
+        self.folder, self.images, self.rule = folder, images, rule
+        self.problems: list[Problem] = []
+        self.digests: dict[str, str | None] = {}
+
+    def __call__(self, listed: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Return the names of each of the three splits; what is left out is among the `problems`."""
+        lacking = [split for split in SPLITS if split not in listed]
+        if self.rule is None:
+            self.rule = SplitRule(rule="ratio") if lacking else SplitRule()
+        if self.rule.rule == "given":
+            return self._given(listed, lacking)
+        divided = self._by_rule(listed, lacking, self.rule)
+        for split in lacking:
+            if not divided[split]:
+                rule = f"the rule {self.rule.rule!r} put no picture into split {split!r}"
+                self._report(rule, "Pin a picture or sequence to it: `splits: {pinned: ...}` in the card")
+        return divided
+
+    def _given(self, listed: Mapping[str, Sequence[str]], lacking: Sequence[str]) -> dict[str, list[str]]:
+        for split in lacking:
+            rule = f"there is no split {split!r}: training needs train, selection val and promotion test images"
+            self._report(rule, "Provide it, or let the card's rule make it: `splits: {rule: ratio}`")
+        left_out = listed.get(UNASSIGNED, ())
+        if left_out:
+            rule = f"{len(left_out)} pictures are in no split, for example {_examples(left_out)}"
+            self._report(rule, "Left out when prepared: list them to use them", "warning")
+        return {split: list(listed.get(split, ())) for split in SPLITS}
+
+    def _by_rule(
+        self, listed: Mapping[str, Sequence[str]], lacking: Sequence[str], rule: SplitRule
+    ) -> dict[str, list[str]]:
+        """Divide what is in no split, and train where val or test is lacking."""
+        is_train_open = any(split in listed for split in SPLITS) and bool({"val", "test"} & {*lacking})
+        open_splits = ["train", *lacking] if is_train_open else lacking or SPLITS
+        shares: dict[str, float] = {split: getattr(rule.shares, split) for split in SPLITS if split in open_splits}
+        split_of = {name: split for split in SPLITS for name in listed.get(split, ())}
+        groups = self._groups([*split_of, *listed.get(UNASSIGNED, ())], rule)
+        held = {
+            name: split
+            for name, split in split_of.items()
+            if name in groups and not (is_train_open and split == "train")
+        }
+        assigned = assign(groups, self._pinned(groups, rule) | held, shares)
+        if assigned.conflicts:
+            what = (
+                f"{len(assigned.conflicts)} pictures, for example {_examples(assigned.conflicts)}, belong with others"
+            )
+            self._report(f"{what} that are in several splits", "Left out when prepared: put them into one", "warning")
+        divided: dict[str, list[str]] = {split: [] for split in SPLITS}
+        homes: dict[str, set[str]] = {}
+        for name, split in assigned.splits.items():
+            divided[split].append(name)
+            homes.setdefault(groups[name], set()).add(split)
+        torn = [group for group, found in homes.items() if len(found) > 1]
+        if torn and rule.sequence is not None:
+            what = f"{len(torn)} sequences, for example {_examples(torn)}, are in several splits as the files have it"
+            self._report(what, "Kept: a score is only fair if a sequence stays in one", "warning")
+        return divided
+
+    def _groups(self, names: Sequence[str], rule: SplitRule) -> dict[str, str]:
+        if rule.sequence is None:
+            self.digests = digests(self.images, names)
+            return {name: digest or name for name, digest in self.digests.items()}
+        found = {name: re.search(rule.sequence, name) for name in names}
+        nameless = [name for name, match in found.items() if match is None]
+        if nameless:
+            what = f"{len(nameless)} names, for example {_examples(nameless)}, do not match {rule.sequence!r}"
+            self._report(f"{what}, so their sequence is not known", "Correct `splits: {sequence: ...}` in the card")
+        return {name: match[1 if match.re.groups else 0] or "" for name, match in found.items() if match is not None}
+
+    def _pinned(self, groups: Mapping[str, str], rule: SplitRule) -> dict[str, str]:
+        """Return picture -> split for the pictures that the card names, themselves or by their sequence."""
+        pins = {name: split for split, names in rule.pinned.items() for name in names}
+        unknown = sorted(set(pins) - set(groups) - set(groups.values()))
+        if unknown:
+            rule_text = f"the card pins {_examples(unknown)}, which is no picture and no sequence of this dataset"
+            self._report(rule_text, "Correct `splits: {pinned: ...}` in the card")
+        return {
+            name: pins[name] if name in pins else pins[group]
+            for name, group in groups.items()
+            if name in pins or group in pins
+        }
+
+    def _report(self, rule: str, remedy: str, severity: Literal["error", "warning"] = "error") -> None:
+        self.problems.append(Problem(self.folder, None, rule, remedy, severity))
+
+
+def digests(images: Path, names: Sequence[str]) -> dict[str, str | None]:
+    """Return the SHA-256 of every picture, or None where it cannot be read, which others report."""
+    with threads() as pool:
+        return dict(zip(names, pool.map(lambda name: _digest(images / name), names), strict=True))
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NUM_EXAMPLES])

@@ -1,0 +1,123 @@
+"""A prefix of an S3 bucket as a folder; endpoint, region and credentials come from boto3's environment variables."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
+from data.archives import MAX_FILES, MAX_TOTAL_BYTES
+from data.label_files import is_safe_name
+from data.problems import ImportRefused
+
+SCHEME = "s3://"
+_NUM_THREADS = 8
+_NUM_ATTEMPTS = 5
+_CHUNK_BYTES = 2**20
+_CONFIG = {
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "retries": {"total_max_attempts": _NUM_ATTEMPTS, "mode": "standard"},
+}
+_REMEDY = "Check the address, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+
+
+class _Object(NamedTuple):
+    key: str
+    name: str
+    size_bytes: int
+    etag: str
+
+
+class _Incomplete(Exception):
+    """A body that is not what was listed; worth another attempt."""
+
+
+def download(url: str, target: Path) -> None:
+    """Download all objects below `s3://bucket/prefix` into the new folder `target`, which a failure leaves half full.
+
+    Every file has the size and, where it is an MD5, the ETag that the listing says; what is read is the version that
+    was listed. Raises ImportRefused when there is nothing, an object's name would leave the target, or the service
+    refuses or fails again and again.
+    """
+    bucket, _, prefix = url.removeprefix(SCHEME).partition("/")
+    if not bucket:
+        raise ImportRefused(f"{url!r}: an address is s3://bucket/prefix. Name a bucket")
+    prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
+    target.mkdir(parents=True)
+    try:
+        # A session of its own reads the environment anew. Path style: own servers have no name for every bucket.
+        client = boto3.Session().client("s3", config=Config(**_CONFIG, s3={"addressing_style": "path"}))
+        objects = list(_listed(client, url, bucket, prefix))
+        _check_room(url, objects, target)
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            jobs = [pool.submit(_fetch, client, bucket, entry, target / entry.name) for entry in objects]
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    except (BotoCoreError, ClientError, HTTPError, _Incomplete) as error:
+        raise ImportRefused(f"{url!r}: {error}. {_REMEDY}") from error
+
+
+def _listed(client: Any, url: str, bucket: str, prefix: str) -> Iterator[_Object]:
+    is_empty = True
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", ()):
+            name = entry["Key"].removeprefix(prefix)
+            if not name or name.endswith("/"):  # Markers of folders.
+                continue
+            if not is_safe_name(name):
+                raise ImportRefused(f"{url!r}: the object {entry['Key']!r} would leave its folder. Rename it")
+            is_empty = False
+            yield _Object(entry["Key"], name, entry["Size"], entry["ETag"])
+    if is_empty:
+        raise ImportRefused(f"{url!r}: there is no object. {_REMEDY}")
+
+
+def _check_room(url: str, objects: list[_Object], target: Path) -> None:
+    total_bytes, free_bytes = sum(entry.size_bytes for entry in objects), shutil.disk_usage(target).free
+    if total_bytes > min(free_bytes, MAX_TOTAL_BYTES) or len(objects) > MAX_FILES:
+        what = f"{len(objects)} objects of {total_bytes} bytes"
+        rule = f"{what} are more than the {free_bytes} bytes that are free, or than any dataset has"
+        raise ImportRefused(f"{url!r}: {rule}. Make room or name a smaller prefix")
+
+
+def _fetch(client: Any, bucket: str, entry: _Object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(_NUM_ATTEMPTS):
+        try:
+            _fetch_once(client, bucket, entry, path)
+            return
+        except (BotoCoreError, ClientError, HTTPError, _Incomplete) as error:
+            # boto3 itself tries again only until the body begins. What the service refuses it will refuse again.
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 500
+            if attempt == _NUM_ATTEMPTS - 1 or status < 500:
+                raise
+
+
+def _fetch_once(client: Any, bucket: str, entry: _Object, path: Path) -> None:
+    response = client.get_object(Bucket=bucket, Key=entry.key, IfMatch=entry.etag)
+    digest, size_bytes = hashlib.md5(usedforsecurity=False), 0
+    with path.open("wb") as file:
+        while chunk := response["Body"].read(_CHUNK_BYTES):
+            size_bytes += len(chunk)
+            digest.update(chunk)
+            file.write(chunk)
+    if size_bytes != entry.size_bytes:
+        raise _Incomplete(f"{entry.key!r} has {entry.size_bytes} bytes, {size_bytes} came")
+    # With a key of one's own, or in several parts, the ETag is no MD5 of the content.
+    is_md5 = re.fullmatch('"[0-9a-f]{32}"', entry.etag) is not None
+    is_md5 &= response.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in response
+    if is_md5 and entry.etag.strip('"') != digest.hexdigest():
+        raise _Incomplete(f"{entry.key!r} has the ETag {entry.etag}, what came has {digest.hexdigest()}")

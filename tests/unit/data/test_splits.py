@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from data.dividing import UNASSIGNED, Divider
+from data.records import SPLITS
+from data.splits import Shares, SplitRule, assign
+
+Paint = Callable[..., Path]
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
+names = st.text(min_size=1, max_size=6)
+groupings = st.dictionaries(names, names, max_size=30)
+splits = st.sampled_from(SPLITS)
+
+
+@given(groupings, groupings)
+def test_adding_pictures_moves_none(groups: dict[str, str], more: dict[str, str]) -> None:
+    before = assign(groups, {}, SHARES).splits
+    after = assign(more | groups, {}, SHARES).splits
+    assert {picture: after[picture] for picture in groups} == before
+
+
+@given(groupings, st.data())
+def test_adding_pictures_moves_none_with_pins(groups: dict[str, str], data: st.DataObject) -> None:
+    pinned = {
+        picture: data.draw(splits)
+        for picture in data.draw(st.sets(st.sampled_from([*groups, ""])) if groups else st.just(set()))
+        if picture in groups
+    }
+    before = assign(groups, pinned, SHARES)
+    after = assign(data.draw(groupings) | groups, pinned, SHARES)
+    assert {picture: after.splits.get(picture) for picture in groups} == {
+        picture: before.splits.get(picture) for picture in groups
+    }
+    assert {picture: before.splits[picture] for picture in pinned} == pinned, "a pin always holds"
+    assert {*before.splits, *before.conflicts} == {*groups}, "none is lost"
+    assert len(before.splits) + len(before.conflicts) == len(groups)
+    places: dict[str, set[str]] = {}
+    for picture, split in before.splits.items():
+        places.setdefault(groups[picture], set()).add(split)
+    for group, found in places.items():
+        pins = {split for picture, split in pinned.items() if groups[picture] == group}
+        assert len(found) == 1 or found == pins, "a group is in two splits only where it is pinned to them"
+    for picture in before.conflicts:
+        assert len({split for other, split in pinned.items() if groups[other] == groups[picture]}) > 1
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.tuples(*[st.floats(0.1, 1)] * 3))
+def test_shares_hold_within_five_standard_deviations(seed: int, weights: tuple[float, float, float]) -> None:
+    number = 4000
+    shares = dict(zip(SPLITS, weights, strict=True))
+    found = Counter(assign({f"{seed}-{n}": f"{seed}-{n}" for n in range(number)}, {}, shares).splits.values())
+    for split, weight in shares.items():
+        share = weight / sum(weights)
+        assert abs(found[split] - number * share) <= 5 * (number * share * (1 - share)) ** 0.5
+
+
+def test_the_draw_is_the_documented_one() -> None:
+    """Pinned values: another hash would move every picture of every dataset."""
+    found = assign({name: name for name in "abcdefghijklmnopqrst"}, {}, {"train": 2, "val": 1, "test": 1}).splits
+    assert "".join(split[1] for split in found.values()) == "errrrreaeraarrrrarre"
+
+
+def test_rules_that_make_no_sense_are_refused() -> None:
+    for values in (
+        {"rule": "by-sequence"},
+        {"rule": "ratio", "sequence": "a"},
+        {"rule": "by-sequence", "sequence": "("},
+        {"pinned": {"val": ["a"]}},
+        {"rule": "ratio", "pinned": {"val": ["a"], "test": ["a"]}},
+        {"rule": "ratio", "shares": {"train": 0.9, "val": 0.2}},
+        {"rule": "ratio", "shares": {"train": 1.0, "val": 0.0, "test": 0.0}},
+        {"rule": "chance"},
+    ):
+        with pytest.raises(ValidationError):
+            SplitRule.model_validate(values)
+    assert Shares().train == 0.8
+
+
+def divider(folder: Path, rule: SplitRule | None) -> Divider:
+    return Divider(folder, folder, rule)
+
+
+def test_given_splits_are_all_required(tmp_path: Path) -> None:
+    divide = divider(tmp_path, SplitRule())
+    assert divide({"train": ["a"], UNASSIGNED: ["b", "c"]}) == {"train": ["a"], "val": [], "test": []}
+    assert [problem.severity for problem in divide.problems] == ["error", "error", "warning"]
+    assert "2 pictures are in no split, for example b, c" in str(divide.problems[2])
+
+
+def test_a_lacking_split_is_taken_out_of_train(tmp_path: Path) -> None:
+    """Val as given stays as it is; without a rule, the files' lack decides for `ratio`."""
+    train = [f"t{number}" for number in range(200)]
+    divide = divider(tmp_path, None)
+    found = divide({"train": train, "val": ["v"]})
+    assert divide.rule == SplitRule(rule="ratio")
+    assert found["val"] == ["v"]
+    assert sorted(found["train"] + found["test"]) == sorted(train)
+    assert 5 <= len(found["test"]) <= 40
+    again = divider(tmp_path, None)({"train": [*train, "new"], "val": ["v"]})
+    assert set(found["test"]) <= set(again["test"])
+
+
+def test_lists_hold_and_only_the_rest_is_divided(tmp_path: Path) -> None:
+    rest = [f"r{number}" for number in range(300)]
+    listed = {"train": ["a"], "val": ["b"], "test": ["c"]}
+    found = divider(tmp_path, SplitRule(rule="ratio"))(listed | {UNASSIGNED: rest})
+    assert [listed[split][0] in found[split] for split in SPLITS] == [True] * 3
+    assert min(len(found[split]) for split in SPLITS) > 10
+    assert divider(tmp_path, SplitRule(rule="ratio"))(listed) == listed
+    only = divider(tmp_path, SplitRule(rule="ratio"))({"val": ["b"], "test": ["c"], UNASSIGNED: rest})
+    assert (sorted(only["train"]), only["val"], only["test"]) == (sorted(rest), ["b"], ["c"])
+
+
+def test_pictures_of_the_same_content_stay_together(tmp_path: Path, paint: Paint) -> None:
+    files = [paint(tmp_path / f"{number}.png") for number in range(30)]
+    for file in files:
+        shutil.copyfile(file, file.with_name(f"copy of {file.name}"))
+    found = divider(tmp_path, SplitRule(rule="ratio"))({UNASSIGNED: [path.name for path in tmp_path.iterdir()]})
+    split_of = {name: split for split, members in found.items() for name in members}
+    assert all(split_of[file.name] == split_of[f"copy of {file.name}"] for file in files)
+    renamed = tmp_path / "renamed.png"
+    files[0].rename(renamed)
+    found = divider(tmp_path, SplitRule(rule="ratio"))({UNASSIGNED: [path.name for path in tmp_path.iterdir()]})
+    assert "renamed.png" in found[split_of[files[0].name]], "the content counts, not the name"
+
+
+def test_sequences_stay_together_and_can_be_pinned(tmp_path: Path) -> None:
+    pictures = [f"s{sequence}_{frame}.jpg" for sequence in range(9) for frame in range(5)]
+    rule = SplitRule(rule="by-sequence", sequence=r"^(s\d)_", pinned={"val": ("s3",), "test": ("s4", "s5")})
+    divide = divider(tmp_path, rule)
+    found = divide({UNASSIGNED: pictures})
+    assert divide.problems == []
+    assert {f"s3_{frame}.jpg" for frame in range(5)} <= set(found["val"])
+    assert {f"s{sequence}_{frame}.jpg" for sequence in (4, 5) for frame in range(5)} <= set(found["test"])
+    homes = {(name[:2], split) for split, members in found.items() for name in members}
+    assert len(homes) == 9
+
+
+def test_what_the_rule_cannot_do_is_said(tmp_path: Path) -> None:
+    rule = SplitRule(rule="by-sequence", sequence=r"^s\d", pinned={"val": ("s3", "s8")})
+    divide = divider(tmp_path, rule)
+    found = divide({UNASSIGNED: ["s3_1.jpg", "x.jpg"]})
+    assert found == {"train": [], "val": ["s3_1.jpg"], "test": []}
+    shown = [problem.rule for problem in divide.problems]
+    assert shown == [
+        "1 names, for example x.jpg, do not match '^s\\\\d', so their sequence is not known",
+        "the card pins s8, which is no picture and no sequence of this dataset",
+        "the rule 'by-sequence' put no picture into split 'train'",
+        "the rule 'by-sequence' put no picture into split 'test'",
+    ]
+
+
+def test_pictures_between_two_given_splits_are_left_out_and_counted(tmp_path: Path) -> None:
+    rule = SplitRule(rule="by-sequence", sequence=r"^s\d")
+    divide = divider(tmp_path, rule)
+    found = divide({"train": ["s1_1"], "val": ["s1_2"], "test": ["s2_1"], UNASSIGNED: ["s1_3", "s2_2"]})
+    assert found == {"train": ["s1_1"], "val": ["s1_2"], "test": ["s2_1", "s2_2"]}
+    assert [str(problem).partition(": warning: ")[2] for problem in divide.problems] == [
+        "1 pictures, for example s1_3, belong with others that are in several splits. "
+        "Left out when prepared: put them into one",
+        "1 sequences, for example s1, are in several splits as the files have it. "
+        "Kept: a score is only fair if a sequence stays in one",
+    ]
