@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.card import load_card
+from data.duplicates import near_duplicate_problems
 from data.problems import Problem
 from data.reading import READERS, read_raw
 from data.splits import SplitRule
@@ -15,7 +16,7 @@ def check(name: str, repo: Path) -> list[Problem]:
 
     Found are: unreadable or malformed label files, missing or undecodable images, images of another size than
     recorded, boxes without area inside their image or sticking out, unknown classes, duplicate ids, names and boxes,
-    pictures in two splits by name or by content, pictures and labels that no split uses.
+    pictures in two splits by name or by content, near duplicates among them, pictures and labels that no split uses.
 
     Raises:
         UnknownDataset, InvalidCard: see `load_card`.
@@ -27,7 +28,8 @@ def check(name: str, repo: Path) -> list[Problem]:
         place = raw.readlink() if raw.is_symlink() else card.source
         problems.append(Problem(raw, None, "the raw data is missing", f"Bring it back to {place}"))
     elif card.format in READERS:
-        problems += read_raw(card.format, raw, card.classes, card.splits).problems
+        found = read_raw(card.format, raw, card.classes, card.splits)
+        problems += found.problems + near_duplicate_problems(found.images, found.splits)
     if prepared.is_dir():
         problems += read_raw("coco", prepared, card.classes, SplitRule()).problems
     return problems

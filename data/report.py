@@ -16,10 +16,12 @@ from typing import Any
 from filelock import FileLock
 
 from data.card import load_card
-from data.coco import IMAGES, annotation_file, read_class_names, read_split
+from data.coco import IMAGES, annotation_file, class_names
+from data.reading import read_labels
 from data.records import SPLITS, ImageRecord
 from data.report_change import Change, change_since, fingerprints
 from data.report_page import page
+from data.splits import SplitRule
 from data.statistics import SplitStatistics, split_statistics
 
 HTML, JSON, FINGERPRINTS, HISTORY = "report.html", "report.json", "images.json", "history.json"
@@ -58,10 +60,9 @@ def write_report(name: str, version: str, repo: Path) -> DatasetReport:
     prepared, folder = repo / "data" / "processed" / name, report_folder(name, version, repo)
     if not prepared.is_dir():
         raise FileNotFoundError(f"{prepared}: dataset {name!r} is not prepared. Run `dvc repro prepare@{name}`")
-    classes = read_class_names(annotation_file(prepared, "train"))
-    records: dict[str, list[ImageRecord]] = {
-        split: read_split(annotation_file(prepared, split), classes).images for split in SPLITS
-    }
+    classes = class_names(prepared)
+    read = read_labels("coco", prepared, classes, SplitRule()).splits
+    records: dict[str, list[ImageRecord]] = {split: read[split].images for split in SPLITS}
     splits = {split: split_statistics(records[split], classes, _info(prepared, split)) for split in records}
     known = folder / FINGERPRINTS
     # A version's name is the hash of its files: they need to be read once only.
