@@ -68,18 +68,21 @@ def step_in_bf16_against_fp32(name: str, size_px: int, batch: int = 8) -> None:
 
 
 def step_against_assignment(name: str, size_px: int = 640, batch: int = 8, per_image: int = 200) -> None:
-    """What assignment is of a training step with many objects."""
+    """What assignment is of a training step with many objects, both on one thread, as in a worker of one CPU."""
     detector = _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = _targets(batch, per_image=per_image, size_px=size_px)
     with torch.autocast("cpu", torch.bfloat16):
         predictions = detector(images)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     compare(
         f"{name} at {size_px} px, {per_image} objects per image: whole step against assignment",
         lambda: _step(detector, images, targets, bf16=True),
         lambda: cast(Any, detector).assigner(predictions, targets),
     )
+    torch.set_num_threads(num_threads)
 
 
 def probe_against_base(size: str, size_px: int = 640) -> None:
