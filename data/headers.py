@@ -128,7 +128,8 @@ def _header(image: Image.Image) -> Header:
     exif = image.info.get("exif", b"")
     place = orientation_at(exif)
     orientation = struct.unpack_from(f"{place[1]}H", exif, place[0])[0] if place else 1
-    arguments = image.tile[0][3] if image.tile else None
+    tile = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else None
     raw_mode = str(arguments[0] if isinstance(arguments, tuple) else arguments)
     is_deep = image.format in ("PNG", "TIFF") and (image.mode in ("I", "F") or ";16" in raw_mode)
     # Cameras add a preview as a second frame to a JPEG, which is of type MPO then.
