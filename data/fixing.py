@@ -127,7 +127,8 @@ def _remedy(images: Path, record: ImageRecord, *, can_rename: bool) -> _Remedy:
     if leads_out(path, Path(os.path.realpath(images))):
         return _Remedy(None, name, ())
     odd = oddities(header, name)
-    content, kinds = None, [kind for kind in ("orientation", "16 bits", "alpha") if kind in odd]
+    content = None
+    kinds: list[str] = [kind for kind in ("orientation", "16 bits", "alpha") if kind in odd]
     if kinds and (header.width_px, header.height_px) == (record.width_px, record.height_px):
         content = _upright(path, header) if kinds == ["orientation"] else None
         content = content or _as_read(path, header)
@@ -162,12 +163,15 @@ def _as_read(path: Path, header: Header) -> bytes | None:
     is_grey = bool((pixels == pixels[..., :1]).all())
     written = pixels[..., 0] if is_grey else pixels
     _, encoded = cv2.imencode(SUFFIXES[header.format][0], written, _LOSSLESS[header.format])
-    return encoded.tobytes() if np.array_equal(cv2.imdecode(encoded, cv2.IMREAD_COLOR), pixels) else None
+    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    return encoded.tobytes() if decoded is not None and np.array_equal(decoded, pixels) else None
 
 
 def _keep_splits(card: DatasetCard, folder: Path, fixed: _Fixed, card_file: Path) -> None:
     """Pin in the card the pictures that a fixed folder's new bytes and names would move; pins follow a new name."""
-    pinned = {split: [fixed.renamed.get(name, name) for name in names] for split, names in card.splits.pinned.items()}
+    pinned: dict[str, list[str]] = {
+        split: [fixed.renamed.get(name, name) for name in names] for split, names in card.splits.pinned.items()
+    }
     rule = card.splits.model_copy(update={"pinned": pinned})
     found = read_labels(card.format, folder, card.classes, rule)
     now = {record.file_name: split for split, content in found.splits.items() for record in content.images}

@@ -47,8 +47,8 @@ def _problems(root: Path, path: Path, record: ImageRecord) -> list[Problem]:
     except UnreadableFile as error:
         return [Problem(path, None, str(error), "Replace the file")]
     found = [Problem(path, None, *oddity, severity="warning") for oddity in oddities(header, path.name).values()]
-    error = _size_error(path, header, record) or _decoding_error(path, header)
-    return found if error is None else [error, *found]
+    fault = _size_error(path, header, record) or _decoding_error(path, header)
+    return found if fault is None else [fault, *found]
 
 
 def _size_error(path: Path, header: Header, record: ImageRecord) -> Problem | None:
