@@ -25,7 +25,8 @@ _EXIF_PREFIX = b"Exif\0\0"
 class Header(NamedTuple):
     """One picture: its size as stored, its type among FORMATS, and traits that readers treat differently.
 
-    `orientation` is that of EXIF: 1 is upright, from 5 on viewers swap width and height. `exif` is the block's bytes.
+    `orientation` is that of EXIF: 1 is upright, from 5 on viewers swap width and height. A TIFF is always 1: its tag
+    is part of the type, so decoders turn the pixels, and the size is that after turning. `exif` is the block's bytes.
     """
 
     width_px: int

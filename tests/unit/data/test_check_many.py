@@ -31,7 +31,7 @@ def write_yolo(folder: Path, number: int) -> Path:
         path = folder / ("val" if index % 10 == 1 else "test" if index % 10 == 2 else "train") / f"{index:05}.jpg"
         suffix = ".jpg" if index % 100 else ".png"
         path.write_bytes(cv2.imencode(suffix, rng.integers(0, 256, (48, 64), np.uint8))[1].tobytes())
-        path.with_suffix(".txt").write_text("0 0.5 0.5 0.2 0.2\n" * (1 + index % 3))
+        path.with_suffix(".txt").write_text("0 0.5 0.5 0.2 0.2\n0 0.3 0.3 0.2 0.2\n")
     path.write_bytes(path.read_bytes()[:-50])
     return folder
 

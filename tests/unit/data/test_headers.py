@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.checking import check
+from data.decode import read_bgr
 from data.headers import MAX_PIXELS, orientation_at, read_header
 from data.images import image_problems
 from data.label_files import UnreadableFile
@@ -101,6 +102,15 @@ def test_labels_in_the_viewers_frame_are_recognised(tmp_path: Path) -> None:
     assert error.rule == "the image is 60x40 px, its record says 40x60"
     assert error.remedy == "Turn the pixels by EXIF orientation 6: the record has the frame that viewers show"
     assert "wrong frame" in problems(path, width_px=41, height_px=60)[0].remedy
+
+
+def test_a_tiff_is_turned_by_header_and_decoder_alike(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    turned(path, 6)
+    header = read_header(path)
+    assert (header.width_px, header.height_px, header.orientation) == (40, 60, 1)
+    assert problems(path, 40, 60) == []
+    np.testing.assert_array_equal(read_bgr(path)[..., ::-1], np.rot90(PIXELS, -1))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
