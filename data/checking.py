@@ -14,9 +14,13 @@ from data.splits import SplitRule
 def check(name: str, repo: Path) -> list[Problem]:
     """Return the problems of `data/raw/<name>`, where its format has a reader, and of `data/processed/<name>`.
 
-    Found are: unreadable or malformed label files, missing or undecodable images, images of another size than
-    recorded, boxes without area inside their image or sticking out, unknown classes, duplicate ids, names and boxes,
-    pictures in two splits by name or by content, near duplicates among them, pictures and labels that no split uses.
+    Errors, which stop preparation: unreadable or malformed label files, unknown classes, repeated ids and names,
+    pictures that are missing, not regular files, links out of the folder, empty, damaged, of no known type, too large
+    to decode or of another size than recorded, pictures in two splits by name or by content, and splits that are
+    lacking. Warnings: boxes without area inside their image, sticking out or repeated, which preparation mends;
+    near duplicates and sequences across splits, pictures and labels that no split uses, and pictures that other tools
+    show differently (EXIF orientation, 16 bits, transparency, CMYK, several frames) or whose suffix is wrong. Of the
+    prepared files only errors are told: their warnings are those of the raw ones.
 
     Raises:
         UnknownDataset, InvalidCard: see `load_card`.
@@ -31,5 +35,6 @@ def check(name: str, repo: Path) -> list[Problem]:
         found = read_raw(card.format, raw, card.classes, card.splits)
         problems += found.problems + near_duplicate_problems(found.images, found.splits)
     if prepared.is_dir():
-        problems += read_raw("coco", prepared, card.classes, SplitRule()).problems
+        found = read_raw("coco", prepared, card.classes, SplitRule())
+        problems += [problem for problem in found.problems if problem.severity == "error"]
     return problems

@@ -41,8 +41,8 @@ def recognise(folder: Path) -> tuple[bool, str]:
 def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str, Split]:
     """Read the annotation files that a folder has; a picture in two of them is an error of the later one.
 
-    Every fault becomes a `Problem`, nothing is raised. Boxes are clipped to their image; those without area inside it
-    are left out. Both are counted.
+    Every fault becomes a `Problem`, nothing is raised. Boxes are clipped to their image; those without area inside it,
+    and repetitions of a box of the same class (the first stays), are left out. Both are counted.
     """
     splits: dict[str, Split] = {split: Split() for split in SPLITS}
     readers: dict[str, _Reader] = {}
@@ -131,6 +131,7 @@ class _Reader:
 
     def __init__(self, path: Path, classes: Sequence[str], content: Split) -> None:
         self.path = path
+        self.names = tuple(classes)
         self.labels = {name: label for label, name in enumerate(classes)}
         self.content = content
         self.images: dict[int, ImageRecord] = {}
@@ -147,14 +148,14 @@ class _Reader:
         if self._document is None:
             return
         labels = self._labels_by_category(self._document)
-        boxes: dict[int, list[Box]] = {image_id: [] for image_id in self.images}
+        boxes: dict[int, dict[tuple[int, XYWH], Box]] = {image_id: {} for image_id in self.images}
         ignored: dict[int, list[XYWH]] = {key: list(image.ignore_xywh_px) for key, image in self.images.items()}
         seen: set[int] = set()
         for index, row in enumerate(self._document["annotations"]):
             self._annotation(index, row, split_of, labels, seen, boxes, ignored)
         for key, image in sorted(self.images.items()):
             if image.file_name in split_of:
-                record = image._replace(boxes=tuple(boxes[key]), ignore_xywh_px=tuple(ignored[key]))
+                record = image._replace(boxes=tuple(boxes[key].values()), ignore_xywh_px=tuple(ignored[key]))
                 split_of[image.file_name].images.append(record)
 
     def document(self) -> dict[str, Any] | None:
@@ -184,7 +185,7 @@ class _Reader:
         names: dict[int, str] = {}
         for index, row in enumerate(document["categories"]):
             key, name = _pick(row, "id", "name")
-            if not _is_int(key) or not isinstance(name, str) or not name:
+            if not is_int(key) or not isinstance(name, str) or not name:
                 self._fault(f"categories[{index}] needs an integer 'id' and a 'name'", "Correct it")
             elif key in names or name in names.values():
                 self._fault(f"category id {key} or name {name!r} occurs twice", "Keep one")
@@ -202,11 +203,11 @@ class _Reader:
         names: set[str] = set()
         for index, row in enumerate(document["images"]):
             key, name, width, height = _pick(row, "id", "file_name", "width", "height")
-            if not _is_int(key) or not isinstance(name, str):
+            if not is_int(key) or not isinstance(name, str):
                 self._fault(f"images[{index}] needs an integer 'id' and a 'file_name'", "Correct it")
             elif not is_safe_name(name):
                 self._fault(f"image {key}: file_name {name!r} leaves the images folder", "Use a relative path below it")
-            elif not (_is_side(width) and _is_side(height)):
+            elif not (is_side(width) and is_side(height)):
                 rule = f"image {key}: 'width' and 'height' must be positive integers up to {MAX_SIDE_PX}"
                 self._fault(rule, "Correct them")
             elif key in images:
@@ -221,7 +222,7 @@ class _Reader:
             self._fault("the split has no images", "Training needs train, selection val and promotion test images")
 
     def _regions(self, image_id: int, regions: Any, width_px: int, height_px: int) -> tuple[XYWH, ...]:
-        if not isinstance(regions, list) or not all(_is_xywh(region) for region in regions):
+        if not isinstance(regions, list) or not all(is_xywh(region) for region in regions):
             self._fault(f"image {image_id}: 'ignore_regions_xywh' must list [x, y, w, h]", "Correct it")
             return ()
         clipped = (clip_xywh(region, width_px, height_px) for region in regions)
@@ -234,17 +235,17 @@ class _Reader:
         split_of: Mapping[str, Split],
         labels: dict[int, int],
         seen: set[int],
-        boxes: dict[int, list[Box]],
+        boxes: dict[int, dict[tuple[int, XYWH], Box]],
         ignored: dict[int, list[XYWH]],
     ) -> None:
-        key, image_id, category, bbox, area = _pick(row, "id", "image_id", "category_id", "bbox", "area")
-        if not _is_int(key) or not _is_xywh(bbox):
+        key, image_id, category, bbox = _pick(row, "id", "image_id", "category_id", "bbox")
+        if not is_int(key) or not is_xywh(bbox):
             self._fault(f"annotations[{index}] needs an integer 'id' and a 'bbox' of 4 finite numbers", "Correct it")
             return
         if key in seen:
             self._fault(f"annotation id {key} occurs twice", "Give every annotation its own id")
         seen.add(key)
-        image = self.images.get(image_id) if _is_int(image_id) else None
+        image = self.images.get(image_id) if is_int(image_id) else None
         if image is None:
             self._fault(
                 f"annotation {key}: no sound image has id {repr(image_id)}", "Add the image or drop the annotation"
@@ -262,13 +263,23 @@ class _Reader:
         if row.get("ignore") and not row.get("iscrowd"):
             ignored[image.image_id].append(clipped)
             return
-        label = labels.get(category) if _is_int(category) else None
+        label = labels.get(category) if is_int(category) else None
         if label is None:
             known = ", ".join(self.labels)
             self._fault(
                 f"annotation {key}: category {repr(category)} is not one of the card's classes", f"Known: {known}"
             )
             return
+        if (label, clipped) in boxes[image.image_id]:
+            content.num_boxes_excluded += 1
+            what = f"annotation {key}: box {bbox} of class {self.names[label]!r} occurs twice"
+            self._fault(what, "Kept once when prepared: delete the repetition", warning=True)
+        else:
+            boxes[image.image_id][label, clipped] = self._box(row, image, label, clipped, content)
+
+    def _box(self, row: dict[str, Any], image: ImageRecord, label: int, clipped: XYWH, content: Split) -> Box:
+        """Return a sound annotation's box; `clipped` is it within its image."""
+        key, bbox, area = _pick(row, "id", "bbox", "area")
         is_clipped = clipped != tuple(round(side, 2) for side in bbox)
         if is_clipped:
             content.num_boxes_clipped += 1
@@ -276,7 +287,7 @@ class _Reader:
             self._fault(what, "Clipped when prepared", warning=True)
         if is_clipped or not _is_number(area) or area <= 0:
             area = clipped[2] * clipped[3]
-        boxes[image.image_id].append(Box(label, clipped, round(float(area), 2), bool(row.get("iscrowd"))))
+        return Box(label, clipped, round(float(area), 2), bool(row.get("iscrowd")))
 
     def _fault(self, rule: str, remedy: str, *, warning: bool = False) -> None:
         (self.content.warn if warning else self.content.report)(self.path, rule, remedy)
@@ -286,17 +297,20 @@ def _pick(row: dict[str, Any], *names: str) -> list[Any]:
     return [row.get(name) for name in names]
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether a JSON value is a whole number that an id can be."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _is_side(value: Any) -> bool:
-    return _is_int(value) and 0 < value <= MAX_SIDE_PX
+def is_side(value: Any) -> bool:
+    """Whether a JSON value can be the width or height of an image."""
+    return is_int(value) and 0 < value <= MAX_SIDE_PX
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
 
 
-def _is_xywh(value: Any) -> bool:
+def is_xywh(value: Any) -> bool:
+    """Whether a JSON value is a list of four finite numbers."""
     return isinstance(value, list) and len(value) == 4 and all(_is_number(side) for side in value)

@@ -163,7 +163,8 @@ def neighbours(codes: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.int6
 def _look(path: Path) -> _Look | None:
     """Return what is compared of a picture, or None where it cannot be read, which other checks report."""
     try:
-        encoded = np.fromfile(path, np.uint8)
+        # Opening a pipe waits for somebody to write into it.
+        encoded = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
     except OSError:
         return None
     grey = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None

@@ -155,7 +155,7 @@ def _fetched(path: str, partial: Path) -> Iterator[Path]:
     if not path.startswith(SCHEME) and not is_archive(Path(path)):
         yield Path(path)
         return
-    _remove(partial)
+    remove(partial)
     try:
         if path.startswith(SCHEME):
             from data.s3 import download
@@ -167,7 +167,7 @@ def _fetched(path: str, partial: Path) -> Iterator[Path]:
             unpack(Path(path), partial)
         yield _without_wrapping(partial)
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 def _without_wrapping(folder: Path) -> Path:
@@ -183,23 +183,23 @@ def _place(card: DatasetCard, folder: Path, repo: Path, *, copy: bool, is_ours: 
     with FileLock(repo / ".dvc" / "tmp" / "speck-params.lock"), ExitStack() as undo:
         _refuse_taken(card.name, repo)
         updated = _with_dataset(params, card.name)
-        undo.callback(_remove, raw)
+        undo.callback(remove, raw)
         if is_ours:
             folder.rename(raw)
         elif copy:
             partial = raw.with_name(f".{card.name}.partial")
-            undo.callback(_remove, partial)
-            _remove(partial)
-            _copy_contents(folder, partial)
+            undo.callback(remove, partial)
+            remove(partial)
+            copy_contents(folder, partial)
             partial.rename(raw)
         else:
             raw.symlink_to(folder.resolve(), target_is_directory=True)
-        undo.callback(_remove, card_file)
+        undo.callback(remove, card_file)
         content = card.model_dump(
             mode="json", exclude_none=True, exclude={"splits"} if card.splits == SplitRule() else None
         )
-        _write(card_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
-        _write(params, updated)
+        write_whole(card_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+        write_whole(params, updated)
         undo.pop_all()
 
 
@@ -242,7 +242,7 @@ def _with_dataset(params: Path, name: str) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write the whole file or none of it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -252,17 +252,18 @@ def _write(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _copy_contents(source: Path, target: Path) -> None:
+def copy_contents(source: Path, target: Path) -> None:
     """Copy files and what links lead to, but no modes: a copy of a read-only folder could not be removed."""
     target.mkdir()
     for entry in source.iterdir():
         if entry.is_dir():
-            _copy_contents(entry, target / entry.name)
+            copy_contents(entry, target / entry.name)
         else:
             shutil.copyfile(entry, target / entry.name)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

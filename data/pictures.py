@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
-
-from data.images import FORMATS, threads
+from data.headers import SUFFIXES as SUFFIXES_BY_FORMAT
+from data.headers import read_header
+from data.images import threads
 from data.label_files import UnreadableFile
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_BY_FORMAT.values() for suffix in suffixes)
 # The longest side a JPEG can have; it also keeps every area finite.
 MAX_SIDE_PX = 65_535
 # What macOS adds to archives: `__MACOSX/._a.jpg` is not a picture.
@@ -60,11 +60,9 @@ def sizes(folder: Path, names: Sequence[str]) -> Iterator[Size | UnreadableFile]
 
 def _size(path: Path) -> Size | UnreadableFile:
     try:
-        if path.exists() and not path.is_file():
-            return UnreadableFile("not a regular file")
-        with Image.open(path, formats=FORMATS) as header:
-            return Size(*header.size)
-    except UnidentifiedImageError:
-        return UnreadableFile(f"not an image of type {', '.join(FORMATS)}")
-    except (Image.DecompressionBombError, OSError, ValueError) as error:
+        header = read_header(path)
+    except UnreadableFile as error:
+        return error
+    except FileNotFoundError as error:
         return UnreadableFile(f"the image cannot be read: {error}")
+    return Size(header.width_px, header.height_px)

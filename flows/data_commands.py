@@ -45,18 +45,34 @@ def import_command(
 
 
 @data_app.command()
-def check(name: str, as_json: JsonOption = False) -> None:
-    """List everything that is wrong with a dataset; exit code 1 if there are errors."""
+def check(
+    name: str,
+    fix: Annotated[bool, typer.Option("--fix", help="First put right, in a copy, what can be.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List everything that is wrong with a dataset; exit code 1 if there are errors.
+
+    --fix replaces data/raw/NAME by a corrected copy; where it was a link, the folder that it led to keeps its bytes.
+    Put right are wrong suffixes (but for YOLO), EXIF orientation tags, more than 8 bits a channel and transparency,
+    and in COCO files boxes that stick out, have no area or are repeated, and repeated annotation ids. Pictures keep
+    their pixels as training reads them, and their split. The rest, which needs a person, is listed.
+    """
     from data.checking import check as problems_of
+    from data.fixing import fix as fix_dataset
     from flows.settings import REPO
 
+    fixed = fix_dataset(name, REPO) if fix else None
     problems = problems_of(name, REPO)
     errors = sum(problem.severity == "error" for problem in problems)
     if as_json:
-        print_json([asdict(problem) for problem in problems])
+        found = [asdict(problem) for problem in problems]
+        print_json(found if fixed is None else {"fixed": fixed, "problems": found})
     else:
         for problem in problems:
             typer.echo(str(problem))
+        if fixed is not None:
+            counts = ", ".join(f"{kind} {number}" for kind, number in fixed.items())
+            typer.echo(f"{name}: fixed in a copy: {counts}" if counts else f"{name}: there was nothing to fix")
         typer.echo(f"{name}: {errors} errors, {len(problems) - errors} warnings")
     if errors:
         raise typer.Exit(1)

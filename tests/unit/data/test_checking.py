@@ -11,6 +11,8 @@ import yaml
 from data.checking import check
 from data.prepare import prepare
 from data.problems import MAX_SHOWN, InvalidDataset, Problem, listing
+from data.reading import read_raw
+from data.splits import SplitRule
 from data.summary import DatasetSummary, summaries
 
 Make = Callable[..., Path]
@@ -57,6 +59,54 @@ def test_the_same_picture_under_two_names(coco_folder: Make, make_repo: Make) ->
     shutil.copyfile(source / "images/train/a.png", source / "images/test/a.png")
     with pytest.raises(InvalidDataset, match=r"leak: split 'test' holds the same bytes as 'train/a\.png' in 'train'"):
         prepare("tiny", repo)
+
+
+def test_all_faults_of_labels_at_once(coco_folder: Make, make_repo: Make) -> None:
+    def spoil(split: str, document: dict[str, Any]) -> None:
+        if split == "train":
+            rows, image = document["annotations"], document["images"][0]
+            rows.append(rows[0] | {"id": 5})
+            rows.append(rows[3] | {"bbox": [1, 1, 2, 2]})
+            rows.append({"id": 7, "image_id": 7, "category_id": 20, "bbox": [float("nan"), 0, 1, 1]})
+            rows.append({"id": 8, "image_id": 7, "category_id": 30, "bbox": [0, 0, 1, 1]})
+            rows.append({"id": 9, "image_id": 8, "category_id": 20, "bbox": [0, 0, 1, 1]})
+            rows.append({"id": 10, "image_id": 7, "category_id": 20, "bbox": [90, 0, 1, 1]})
+            document["images"].append(image | {"file_name": "train/c.png"})
+            document["categories"].append({"id": 20, "name": "bike"})
+
+    problems = check("tiny", make_repo(coco_folder(spoil)))
+    assert {(problem.severity, problem.rule) for problem in problems} == {
+        ("error", "image id 7 occurs twice"),
+        ("error", "category id 20 or name 'bike' occurs twice"),
+        ("warning", "annotation 5: box [10, 5, 8, 6] of class 'boat' occurs twice"),
+        ("error", "annotation id 4 occurs twice"),
+        ("error", "annotations[6] needs an integer 'id' and a 'bbox' of 4 finite numbers"),
+        ("error", "annotation 8: category 30 is not one of the card's classes"),
+        ("error", "annotation 9: no sound image has id 8"),
+        ("warning", "annotation 10: box [90, 0, 1, 1] has no area inside its 60x40 px image"),
+    }
+
+
+def test_a_repeated_box_is_counted_and_left_out(coco_folder: Make) -> None:
+    """Of another class, and for another picture, it is another box."""
+
+    def repeat(split: str, document: dict[str, Any]) -> None:
+        box = document["annotations"][0]
+        document["annotations"] += [box | {"id": 5}, box | {"id": 6, "category_id": 10}, box | {"id": 7, "image_id": 3}]
+
+    train = read_raw("coco", coco_folder(repeat), ("car", "boat"), SplitRule()).splits["train"]
+    assert train.num_boxes_excluded == 1
+    assert sum(len(image.boxes) for image in train.images) == 6
+
+
+def test_one_sequence_in_two_splits(coco_folder: Make, make_repo: Make) -> None:
+    """All splits hold pictures a and b; the rule's pattern makes each letter a sequence."""
+    repo = make_repo(coco_folder(), splits={"rule": "by-sequence", "sequence": r"([ab])\.png"})
+    (problem,) = check("tiny", repo)
+    assert (problem.severity, problem.rule) == (
+        "warning",
+        "2 sequences, for example b, a, are in several splits as the files have it",
+    )
 
 
 def test_missing_raw_data(make_repo: Make, tmp_path: Path) -> None:

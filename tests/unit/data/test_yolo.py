@@ -162,7 +162,7 @@ def test_all_problems_come_at_once(folder: Path) -> None:
     assert ":9: error: a row has 5 fields (class cx cy w h), found more than 64" in shown(labels)[8]
     assert "b.txt: error: not a text file in UTF-8" in shown(labels)[9]
     assert "images/val/a.png: error: not an image" in shown(labels)[10]
-    assert "images/val/b.png: error: not an image" in shown(labels)[11]
+    assert "images/val/b.png: error: the file is empty (0 bytes)" in shown(labels)[11]
     assert len(labels.problems) == 12
 
 
