@@ -23,7 +23,7 @@ SCHEME = "s3://"
 _NUM_THREADS = 8
 _NUM_ATTEMPTS = 5
 _CHUNK_BYTES = 2**20
-_TIMEOUTS = {"connect_timeout": 10, "read_timeout": 60}
+_CONNECTIONS = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 16}
 _REMEDY = "Check the address, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
 FAILURES = (BotoCoreError, ClientError, HTTPError)
 
@@ -52,7 +52,7 @@ def connect(*, attempts: int = _NUM_ATTEMPTS, **options: str) -> Any:
     """
     retries = {"total_max_attempts": attempts, "mode": "standard"}
     # A session of its own reads the environment anew. Path style: own servers have no name for every bucket.
-    config = Config(**_TIMEOUTS, retries=retries, s3={"addressing_style": "path"})
+    config = Config(**_CONNECTIONS, retries=retries, s3={"addressing_style": "path"})
     session = boto3.Session(profile_name=options.pop("profile_name", None))
     try:
         return session.client("s3", config=config, **options)

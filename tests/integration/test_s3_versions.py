@@ -115,14 +115,16 @@ def test_wrong_bytes_are_fetched_again_but_not_for_ever(
 def test_what_was_fetched_before_an_interruption_is_not_fetched_again(
     proxy: FaultProxy, version: str, prepared: Path, tmp_path: Path
 ) -> None:
-    path = next(path for path in (tmp_path / "served/drone/dvc/files/md5").rglob("*") if path.suffix != ".dir")
-    path.rename(tmp_path / "away")
-    if not path.is_file() and path.parent.exists():
-        with pytest.raises(MissingObject, match="not in this source"):
-            materialise("tiny", version, source=SOURCE, root=tmp_path / "node")
+    path = sorted(path for path in (tmp_path / "storage").rglob("*") if path.is_file() and path.suffix != ".dir")[-1]
+    key = f"dvc/{path.relative_to(tmp_path / 'storage').as_posix()}"
+    client = boto3.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
+    client.delete_object(Bucket="drone", Key=key)
+    with pytest.raises(MissingObject, match=rf"s3://drone/{key}: not in this source"):
+        materialise("tiny", version, source=SOURCE, root=tmp_path / "node")
     assert visible(tmp_path / "node") == []
     num_kept = len(list((tmp_path / "node/tiny").rglob("*.jpg")))
-    (tmp_path / "away").rename(path)
+    assert num_kept > 0
+    client.upload_file(str(path), "drone", key)
     proxy.requests.clear()
     assert tree(materialise("tiny", version, source=SOURCE, root=tmp_path / "node")) == tree(prepared)
     assert sum(num_objects(proxy)) == NUM_FILES - num_kept + 1
