@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 CHUNK_BYTES = 2**20
 # Of the same object, for bytes that were damaged on their way.
 NUM_ATTEMPTS = 3
-# Of a body that breaks off; a request without an answer is the client's own to repeat.
+# Of a request and its body; within each the client repeats what fails before the body begins.
 _NUM_BODY_ATTEMPTS = 5
 MARKER = ".verified"
 MD5 = re.compile("[0-9a-f]{32}")
@@ -218,7 +218,7 @@ class S3Objects:
             try:
                 return _copy(self._open(name), sink)
             except self._s3.FAILURES as error:
-                if attempt == _NUM_BODY_ATTEMPTS - 1 or self._s3.is_refusal(error):
+                if attempt == _NUM_BODY_ATTEMPTS - 1 or self._s3.is_final(error):
                     raise self._unavailable(error) from error
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")

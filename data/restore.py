@@ -158,7 +158,9 @@ def _changed_deps(name: str, repo: Path, lock: int) -> tuple[str, ...]:
 def _record(name: str, entry: dict[str, Any], repo: Path) -> None:
     """Put a stage's entry into dvc.lock, as DVC writes it."""
     path = repo / "dvc.lock"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": "2.0"}
+    content: dict[str, Any] = {"schema": "2.0"}
+    if path.is_file():
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content.setdefault("stages", {})[stage_name(name)] = entry
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

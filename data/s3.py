@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+)
 from urllib3.exceptions import HTTPError
 
 from data.archives import MAX_FILES, MAX_TOTAL_BYTES
@@ -28,7 +34,7 @@ _REMEDY = "Check the address, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_K
 FAILURES = (BotoCoreError, ClientError, HTTPError)
 
 
-class BadEndpoint(BotoCoreError):  # type: ignore[misc]
+class BadEndpoint(BotoCoreError):
     """The endpoint is no address."""
 
     fmt = "{error}"
@@ -63,6 +69,11 @@ def connect(*, attempts: int = _NUM_ATTEMPTS, **options: str) -> Any:
 def is_refusal(error: Exception) -> bool:
     """Whether the service would refuse the same request again."""
     return isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500
+
+
+def is_final(error: Exception) -> bool:
+    """Whether it is no use to ask again: refused, or nobody listened to any of the client's own attempts."""
+    return is_refusal(error) or isinstance(error, EndpointConnectionError | ConnectTimeoutError)
 
 
 def explain(error: Exception, client: Any) -> str:
@@ -136,7 +147,7 @@ def _fetch(client: Any, bucket: str, entry: _Object, path: Path) -> None:
             return
         except (*FAILURES, _Incomplete) as error:
             # boto3 itself tries again only until the body begins.
-            if attempt == _NUM_ATTEMPTS - 1 or is_refusal(error):
+            if attempt == _NUM_ATTEMPTS - 1 or is_final(error):
                 raise
 
 

@@ -100,9 +100,8 @@ def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -
     assert remote_states({"tiny": version}, repo) == ({"tiny": "in the remote"}, "")
     before, lock = tree(repo), (repo / "dvc.lock").read_bytes()
     fresh_clone(repo)
+    dvc(repo, "remote", "modify", "storage", "url", str(tmp_path / "empty"))
     with pytest.raises(PushFailed, match="Prepare it: `dvc repro prepare@tiny`"):
-        # In a remote of its own: the other has the version, whoever asks.
-        dvc(repo, "remote", "modify", "storage", "url", str(tmp_path / "empty"))
         push("tiny", repo)
     dvc(repo, "remote", "modify", "storage", "url", str(tmp_path / "remote"))
     assert pull("tiny", repo) == version
@@ -149,7 +148,9 @@ def test_an_earlier_version_is_compared_and_restored(repo: Path, tmp_path: Path)
     assert change.examples == {"added": ["bb.png", "e.png"], "removed": ["b.png"]}
     assert change.objects_per_class == {"car": (4, 5)}
     assert list(known_versions("tiny", repo)) == [first, second]
-    with pytest.raises(UnknownVersion, match=rf"'zz' must begin exactly one .*newest first: {second[:12]}, {first[:12]}"):
+    with pytest.raises(
+        UnknownVersion, match=rf"'zz' must begin exactly one .*newest first: {second[:12]}, {first[:12]}"
+    ):
         restore("tiny", "zz", repo)
     restored = restore("tiny", first[:8], repo)
     assert (restored.version, restored.changed_deps) == (first, ("data/raw/tiny",))

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SKEWED = b"""<?xml version="1.0"?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request time
-and the server's time is too large.</Message></Error>"""
+SKEWED = (
+    b'<?xml version="1.0"?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request time '
+    b"and the server's time is too large.</Message></Error>"
+)
 
 
 class FaultProxy:
