@@ -1,6 +1,9 @@
 """`materialise`: a verified, read-only copy of one dataset version on this node's own disk.
 
-File by file, as DVC keeps them, rather than in shards.
+File by file, as DVC keeps them, not in shards. 20,000 files of 20 kB took 2.8 s linked and 5.0 s copied from a folder,
+and 41 s from an S3 server on the same two cores, where tar shards of 64 MB took 4.9 s. A node pays that once a version.
+Shards would be a second copy of everything in the remote, made anew for a single changed box, and one damaged byte or
+cut connection would cost 64 MB instead of a file.
 """
 
 from __future__ import annotations

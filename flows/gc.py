@@ -16,7 +16,7 @@ from data.versioning import one_writer
 from flows.lease import EXPIRES_AFTER_S
 from flows.settings import Settings
 from tracking.client import connect, database
-from tracking.registry import registered
+from tracking.registry import all_versions
 from tracking.runs import TRAINING
 from training.records import Attempt, CorruptResult, RunResult, read_result
 from training.spec import RunSpec
@@ -61,6 +61,8 @@ class _Needs:
 
 def find_garbage(settings: Settings, repo: Path, store: Path) -> list[Garbage]:
     """What no run in storage, no version in dvc.lock and no registered version needs.
+
+    Runs under another SPECK_HOME are not seen: where several share a checkout, its DVC cache is theirs as well.
 
     A run needs its dataset version and the weights it starts from; until it has a sound result, its checkpoints too.
     Of a training that was put aside, the records of its attempts stay: their numbers must not be given away again.
@@ -113,7 +115,7 @@ def _needs(settings: Settings, repo: Path) -> _Needs:
         if spec.training.warm_start is not None:
             warm_starts.add(spec.training.warm_start.removeprefix("sha256:"))
     if settings.mlflow_tracking_uri is not None or database(settings.tracking_uri).is_file():
-        for version in registered(connect(settings.tracking_uri)):
+        for version in all_versions(connect(settings.tracking_uri)):
             versions.add(version.dataset_version)
             trainings.add(version.tags.get(TRAINING, version.run_key))
     return _Needs(versions, warm_starts, trainings)

@@ -115,7 +115,7 @@ def history(client: MlflowClient, model_name: str) -> list[Version]:
 
 
 @speaks_to_store
-def registered(client: MlflowClient) -> list[Version]:
+def all_versions(client: MlflowClient) -> list[Version]:
     """All versions of all models, in no order, without their aliases."""
     return [_version(version, {}) for version in _search(client, None)]
 

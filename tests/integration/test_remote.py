@@ -15,6 +15,7 @@ import yaml
 from botocore.config import Config
 from services.fault_proxy import FaultProxy, fault_proxy
 from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
+from typer.testing import CliRunner
 
 from data.compare import compare
 from data.objects import CorruptObject, MissingObject, SourceUnavailable
@@ -22,6 +23,7 @@ from data.remote import NoRemote, PushFailed, cache_folder, pull, push, remote_s
 from data.restore import UnknownVersion, UnversionedChanges, known_versions, restore
 from data.store import materialise
 from data.versioning import current_version, version_dataset
+from flows.data_commands import data_app
 
 ROOT = Path(__file__).parents[2]
 # Stands for the real preparation: one annotation file per split, one picture per line of the raw list.
@@ -201,6 +203,36 @@ def test_a_version_that_only_the_remote_has_is_fetched(repo: Path, tmp_path: Pat
     dvc(repo, "remote", "remove", "storage")
     with pytest.raises(MissingObject, match="not in this source"):
         restore("tiny", first, repo)
+
+
+def test_the_commands(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.settings.REPO", repo)
+    first = prepare(repo, "a", "b", "c")
+    second = prepare(repo, "aa", "b", "c")
+
+    def speck(*arguments: str) -> str:
+        answer = CliRunner().invoke(data_app, arguments, catch_exceptions=False)
+        assert answer.exit_code == 0
+        return answer.stdout
+
+    assert speck("diff", "tiny", first[:6], "current").splitlines() == [
+        "images added             1  aa.png",
+        "images removed           1  a.png",
+        "images relabelled        0",
+        "images replaced          0",
+        "images moved             0",
+        "boxes  car                         3 -> 3        +0",
+    ]
+    assert json.loads(speck("list", "--json"))[0]["remote"] == "no remote"
+    dvc(repo, "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    assert speck("push") == f"tiny: version {second} is in the remote\n"
+    assert speck("list").rstrip().endswith("in the remote")
+    fresh_clone(repo)
+    assert speck("pull", "tiny") == f"tiny: data/processed/tiny holds version {second}\n"
+    first = prepare(repo, "a", "b", "c")
+    said = speck("restore", "tiny", second)
+    assert f"hold version {second}" in said
+    assert said.rstrip().endswith("leads away from it again: data/raw/tiny")
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -128,6 +130,24 @@ def test_what_was_fetched_before_an_interruption_is_not_fetched_again(
     proxy.requests.clear()
     assert tree(materialise("tiny", version, source=SOURCE, root=tmp_path / "node")) == tree(prepared)
     assert sum(num_objects(proxy)) == NUM_FILES - num_kept + 1
+
+
+def test_a_killed_process_leaves_nothing_half_visible_and_what_it_fetched(
+    proxy: FaultProxy, version: str, prepared: Path, tmp_path: Path
+) -> None:
+    proxy.delay_s = 0.1
+    partial = tmp_path / "node/tiny" / f".{version}.partial"
+    process = subprocess.Popen([sys.executable, "-c", CALL, version, SOURCE, str(tmp_path / "node")])
+    deadline = time.monotonic() + 60
+    while len(list(partial.rglob("*.jpg"))) < 20 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert visible(tmp_path / "node") == []
+    proxy.delay_s = 0.0
+    proxy.requests.clear()
+    assert tree(materialise("tiny", version, source=SOURCE, root=tmp_path / "node")) == tree(prepared)
+    assert sum(num_objects(proxy)) < NUM_FILES
 
 
 def _wrong_secret(monkeypatch: pytest.MonkeyPatch, proxy: FaultProxy) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,13 +21,14 @@ class FaultProxy:
     """Counts requests by method and path, and the faults that it made.
 
     `failing_share` of all requests are refused with 503, have their connection cut, or lose half of their answer;
-    `is_skewed` refuses all of them for their clock; `damaged` is how often answers whose path ends so get one byte
-    flipped.
+    `is_skewed` refuses all of them for their clock; `delay_s` passes before every answer; `damaged` is how often
+    answers whose path ends so get one byte flipped.
     """
 
     def __init__(self, target_port: int) -> None:
         self.failing_share = 0.0
         self.is_skewed = False
+        self.delay_s = 0.0
         self.damaged: Counter[str] = Counter()
         self.requests: Counter[tuple[str, str]] = Counter()
         self.num_faults = 0
@@ -69,6 +71,7 @@ class FaultProxy:
             ending = next((end for end in self.damaged if self.damaged[end] and path.endswith(end)), None)
             if ending is not None and request.command == "GET":
                 self.damaged[ending] -= 1
+        time.sleep(self.delay_s)
         if self.is_skewed:
             _send(request, 403, {"Content-Type": "application/xml"}, SKEWED)
             return

@@ -116,7 +116,7 @@ def test_what_is_needed_survives_and_the_rest_is_freed(
     settings.home.mkdir()
     (settings.home / "mlflow.db").touch()
     monkeypatch.setattr(flows.gc, "connect", lambda _: None)
-    monkeypatch.setattr(flows.gc, "registered", lambda _: [champion])
+    monkeypatch.setattr(flows.gc, "all_versions", lambda _: [champion])
 
     finished, begun = on(cell_spec(), trained), on(cell_spec(seed=1), half).with_warm_start(WARM)
     for weights in (WARM, "sha256:" + "6" * 64):
@@ -166,7 +166,7 @@ def test_a_superseded_run_that_a_registered_version_came_from_stays(
     (settings.home / "mlflow.db").touch()
     champion = Version(1, aside.name, "id", 0, (), {}, {TRAINING: aside.name})
     monkeypatch.setattr(flows.gc, "connect", lambda _: None)
-    monkeypatch.setattr(flows.gc, "registered", lambda _: [champion])
+    monkeypatch.setattr(flows.gc, "all_versions", lambda _: [champion])
     assert find_garbage(settings, repo, node) == []
 
 
