@@ -107,14 +107,16 @@ def fetch_verified(objects: Objects, md5: str, target: Path) -> None:
     Raises CorruptObject when they are wrong every time; MissingObject, SourceUnavailable.
     """
     for _ in range(NUM_ATTEMPTS):
+        # What a killed process left may be a link to an object: never write into it.
+        target.unlink(missing_ok=True)
         try:
             found = objects.fetch(md5, target)
-            if found == md5:
-                return
         except BaseException:
             target.unlink(missing_ok=True)
             raise
-        target.unlink()
+        if found == md5:
+            return
+    target.unlink()
     raise _corrupt(objects.address(md5), md5, found)
 
 
@@ -125,10 +127,10 @@ def md5_of(path: Path) -> str:
 
 
 class FolderObjects:
-    """Objects in a folder."""
+    """Objects in a folder, hard-linked where that is safe unless `links` is False."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "files" / "md5"
+    def __init__(self, folder: Path, *, links: bool = True) -> None:
+        self._folder, self._links = folder / "files" / "md5", links
 
     def path(self, name: str) -> Path:
         """Where an object is."""
@@ -157,7 +159,8 @@ class FolderObjects:
         source = self.path(name)
         try:
             with source.open("rb") as original:
-                if os.fstat(original.fileno()).st_mode & 0o222 == 0 and _link(source, target):
+                is_protected = os.fstat(original.fileno()).st_mode & 0o222 == 0
+                if self._links and is_protected and _link(source, target):
                     return _copy(original, None)
                 with target.open("wb") as copy:
                     found = _copy(original, copy)

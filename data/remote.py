@@ -14,6 +14,8 @@ from data.versioning import VersioningFailed, current_version, one_writer, run_d
 logger = logging.getLogger(__name__)
 
 NUM_ATTEMPTS = 3
+# In the cache's folder, but not among its objects.
+PARTIALS = "speck-partial"
 _NUM_THREADS = 16
 # DVC's options of an S3 remote, and boto3's names for them.
 _OPTIONS = {
@@ -107,8 +109,13 @@ def pull(name: str, repo: Path) -> str:
     from data.restore import restore
 
     version = _current(name, repo)
-    with one_writer(repo):
+    with one_writer(repo) as lock:
         fetch_version(version, repo)
+        try:
+            # The records of other versions, by which `restore` knows them.
+            run_dvc(name, repo, lock, "fetch", "--run-cache")
+        except VersioningFailed as error:
+            logger.warning("earlier versions may be unknown here: %s", error)
     restore(name, version, repo)
     return version
 
@@ -123,7 +130,7 @@ def fetch_version(version: str, repo: Path) -> None:
         MissingObject, CorruptObject, SourceUnavailable: see `Objects`.
     """
     remote, folder = _open(repo), cache_folder(repo)
-    cache, partials = FolderObjects(folder), folder / "speck-partial"
+    cache, partials = FolderObjects(folder), folder / PARTIALS
     files = file_list(version, remote)
     partials.mkdir(parents=True, exist_ok=True)
 
@@ -143,6 +150,7 @@ def fetch_version(version: str, repo: Path) -> None:
             pool.shutdown(cancel_futures=True)
     os.sync()
     partial = partials / f"{version}.dir"
+    partial.unlink(missing_ok=True)
     partial.write_bytes(remote.read(f"{version}.dir"))
     _file(partial, cache.path(f"{version}.dir"))
 
@@ -172,7 +180,10 @@ def _open(repo: Path, attempts: int = 5) -> Objects:
             f"DVC remote {remote.url!r}: {scheme}:// cannot be read here. Use a folder or s3://bucket/prefix, or say "
             "`dvc push` and `dvc pull` themselves"
         )
-    return open_objects(remote.url, attempts=attempts, **remote.options) if separator else open_objects(remote.url)
+    if not separator:
+        # A remote is a second copy: what damages a file of the cache must not reach it through a link.
+        return FolderObjects(Path(remote.url), links=False)
+    return open_objects(remote.url, attempts=attempts, **remote.options)
 
 
 def _remote(repo: Path) -> _Remote:

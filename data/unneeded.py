@@ -10,7 +10,7 @@ import yaml
 
 from data.card import card_names
 from data.objects import FolderObjects
-from data.remote import cache_folder
+from data.remote import PARTIALS, cache_folder
 from data.restore import known_versions
 from data.versioning import current_version
 
@@ -52,7 +52,7 @@ def killed_imports(repo: Path) -> list[Path]:
     folders = (repo / "data" / "raw", repo / "data" / "processed")
     return sorted(
         path for folder in folders for suffix in ("partial", "old") for path in folder.glob(f".*.{suffix}")
-    ) + sorted((repo / ".dvc" / "cache").glob("speck-partial"))
+    ) + sorted(cache_folder(repo).glob(PARTIALS))
 
 
 def _members(path: Path) -> set[str]:

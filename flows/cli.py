@@ -220,6 +220,9 @@ def gc(
     for kind, found in kinds.items():
         typer.echo(f"{found.size_bytes / 2**20:10.1f} MiB  {found.count:5} x {kind}: {', '.join(found.names)}")
     total = sum(found.size_bytes for found in kinds.values()) / 2**20
+    if not garbage:
+        typer.echo("nothing: all that is there is needed, or younger than an hour")
+        return
     if not delete:
         typer.echo(f"{total:10.1f} MiB  would be free; delete with `speck gc --delete`")
         return

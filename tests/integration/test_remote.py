@@ -32,13 +32,14 @@ import json, pathlib
 out = pathlib.Path("data/processed/tiny")
 (out / "images").mkdir(parents=True, exist_ok=True)
 (out / "annotations").mkdir(exist_ok=True)
+info = {"num_boxes_clipped": 0, "num_boxes_excluded": 0}
 lines = pathlib.Path("data/raw/tiny/list.txt").read_text().split()
 for split, names in zip(("train", "val", "test"), (lines[:-2], lines[-2:-1], lines[-1:])):
     images = [{"id": n, "file_name": f"{name}.png", "width": 8, "height": 8, "ignore_regions_xywh": []}
               for n, name in enumerate(names, 1)]
     boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [1, 1, len(name), 2], "iscrowd": 0}
              for n, name in enumerate(names, 1)]
-    document = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "car"}]}
+    document = {"info": info, "images": images, "annotations": boxes, "categories": [{"id": 1, "name": "car"}]}
     (out / f"annotations/{split}.json").write_text(json.dumps(document))
     for name in names:
         (out / f"images/{name}.png").write_bytes(name.encode() * 5000)
@@ -110,6 +111,8 @@ def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -
     assert tree(repo) == before
     assert yaml.safe_load((repo / "dvc.lock").read_bytes()) == yaml.safe_load(lock)
     assert not version_dataset("tiny", repo).regenerated, "DVC finds nothing to do"
+    for path in (tmp_path / "remote/files/md5").rglob("*"):
+        assert path.is_dir() or not path.samefile(cache_folder(repo) / path.relative_to(tmp_path / "remote"))
     assert all(path.stat().st_mode & 0o222 == 0 for path in (repo / "data/processed").rglob("*") if path.is_file())
 
 

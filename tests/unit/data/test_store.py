@@ -141,6 +141,17 @@ def test_an_interrupted_fetch_goes_on_from_what_is_sound(tmp_path: Path) -> None
     assert not partial.exists()
 
 
+def test_a_link_that_a_killed_process_left_is_not_written_through(tmp_path: Path) -> None:
+    version = _store(tmp_path / "cache")
+    wrong = _object(tmp_path / "cache", _md5(FILES["images/sub/b.jpg"]))
+    target = tmp_path / "node" / "tiny" / f".{version}.partial" / "images/a.jpg"
+    target.parent.mkdir(parents=True)
+    os.link(wrong, target)
+    folder = materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
+    assert (folder / "images/a.jpg").read_bytes() == FILES["images/a.jpg"]
+    assert wrong.read_bytes() == FILES["images/sub/b.jpg"]
+
+
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = _store(tmp_path / "cache", mode=0o644)
     fetch, fetched = data.store.fetch_verified, list[str]()
