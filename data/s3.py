@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+)
 from urllib3.exceptions import HTTPError
 
 from data.archives import MAX_FILES, MAX_TOTAL_BYTES
@@ -23,12 +29,15 @@ SCHEME = "s3://"
 _NUM_THREADS = 8
 _NUM_ATTEMPTS = 5
 _CHUNK_BYTES = 2**20
-_CONFIG = {
-    "connect_timeout": 10,
-    "read_timeout": 60,
-    "retries": {"total_max_attempts": _NUM_ATTEMPTS, "mode": "standard"},
-}
+_CONNECTIONS = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 16}
 _REMEDY = "Check the address, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+FAILURES = (BotoCoreError, ClientError, HTTPError)
+
+
+class BadEndpoint(BotoCoreError):
+    """The endpoint is no address."""
+
+    fmt = "{error}"
 
 
 class _Object(NamedTuple):
@@ -40,6 +49,44 @@ class _Object(NamedTuple):
 
 class _Incomplete(Exception):
     """A body that is not what was listed; worth another attempt."""
+
+
+def connect(*, attempts: int = _NUM_ATTEMPTS, **options: str) -> Any:
+    """Return a client of the service that boto3's environment variables name; boto3's `options` come before them.
+
+    Nothing is sent yet. Raises a BotoCoreError when the endpoint or the profile cannot be.
+    """
+    retries = {"total_max_attempts": attempts, "mode": "standard"}
+    # A session of its own reads the environment anew. Path style: own servers have no name for every bucket.
+    config = Config(**_CONNECTIONS, retries=retries, s3={"addressing_style": "path"})
+    session = boto3.Session(profile_name=options.pop("profile_name", None))
+    try:
+        return session.client("s3", config=config, **options)
+    except ValueError as error:
+        raise BadEndpoint(error=error) from None
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the service would refuse the same request again."""
+    return isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500
+
+
+def is_final(error: Exception) -> bool:
+    """Whether it is no use to ask again: refused, or nobody listened to any of the client's own attempts."""
+    return is_refusal(error) or isinstance(error, EndpointConnectionError | ConnectTimeoutError)
+
+
+def explain(error: Exception, client: Any) -> str:
+    """Return which endpoint failed, why, and what to do about it; no credential is in it."""
+    code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
+    if code == "RequestTimeTooSkewed":
+        remedy = "Set this machine's clock: it is not the server's"
+    elif is_refusal(error) or isinstance(error, BadEndpoint | NoCredentialsError):
+        remedy = _REMEDY
+    else:
+        remedy = "Check AWS_ENDPOINT_URL and that the server runs, then do the same again: what has arrived is kept"
+    endpoint = "" if client is None else f"{client.meta.endpoint_url}: "
+    return re.sub(r"//[^/@\s]*@", "//", f"{endpoint}{str(error).rstrip('.')}. {remedy}")
 
 
 def download(url: str, target: Path) -> None:
@@ -55,8 +102,7 @@ def download(url: str, target: Path) -> None:
     prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
     target.mkdir(parents=True)
     try:
-        # A session of its own reads the environment anew. Path style: own servers have no name for every bucket.
-        client = boto3.Session().client("s3", config=Config(**_CONFIG, s3={"addressing_style": "path"}))
+        client = connect()
         objects = list(_listed(client, url, bucket, prefix))
         _check_room(url, objects, target)
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -66,7 +112,7 @@ def download(url: str, target: Path) -> None:
                     job.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-    except (BotoCoreError, ClientError, HTTPError, _Incomplete) as error:
+    except (*FAILURES, _Incomplete) as error:
         raise ImportRefused(f"{url!r}: {error}. {_REMEDY}") from error
 
 
@@ -99,10 +145,9 @@ def _fetch(client: Any, bucket: str, entry: _Object, path: Path) -> None:
         try:
             _fetch_once(client, bucket, entry, path)
             return
-        except (BotoCoreError, ClientError, HTTPError, _Incomplete) as error:
-            # boto3 itself tries again only until the body begins. What the service refuses it will refuse again.
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else 500
-            if attempt == _NUM_ATTEMPTS - 1 or status < 500:
+        except (*FAILURES, _Incomplete) as error:
+            # boto3 itself tries again only until the body begins.
+            if attempt == _NUM_ATTEMPTS - 1 or is_final(error):
                 raise
 
 

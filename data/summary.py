@@ -19,7 +19,8 @@ class DatasetSummary:
 
     `version` and `size_bytes` are None until it has been versioned. While its prepared files are not in the working
     tree, the box counts are None, and `num_images` (by split) is empty, but for a rendered dataset. `num_boxes_clipped`
-    stuck out of their image, `num_boxes_excluded` had no area inside it or repeated another.
+    stuck out of their image, `num_boxes_excluded` had no area inside it or repeated another. `remote` says whether the
+    DVC remote has the version, None where nobody asked.
     """
 
     name: str
@@ -29,6 +30,7 @@ class DatasetSummary:
     size_bytes: int | None
     num_boxes_clipped: int | None = None
     num_boxes_excluded: int | None = None
+    remote: str | None = None
 
 
 def summaries(repo: Path) -> list[DatasetSummary]:

@@ -59,10 +59,10 @@ def version_dataset(name: str, repo: Path) -> DatasetVersion:
         VersioningFailed: `repo` is no git repository, dvc.lock is damaged, or DVC or the preparation failed.
     """
     load_card(name, repo / "data" / "catalog")
-    with _one_writer(repo) as lock:
+    with one_writer(repo) as lock:
         # A damaged dvc.lock is named before DVC stumbles over it.
         current_version(name, repo)
-        finished = _dvc(name, repo, lock, "repro")
+        finished = run_dvc(name, repo, lock, "repro")
         version = current_version(name, repo)
     logger.info("%s", finished.stdout + finished.stderr)
     if version is None:
@@ -76,10 +76,10 @@ def planned_version(name: str, repo: Path) -> DatasetVersion | None:
     Raises: see `version_dataset`.
     """
     load_card(name, repo / "data" / "catalog")
-    with _one_writer(repo) as lock:
+    with one_writer(repo) as lock:
         if (version := current_version(name, repo)) is None:
             return None
-        changes = json.loads(_dvc(name, repo, lock, "status", "--json").stdout).get(stage_name(name), [])
+        changes = json.loads(run_dvc(name, repo, lock, "status", "--json").stdout).get(stage_name(name), [])
     # Output that is not there is made again, or fetched, and has the same hash.
     return version if all("changed outs" in change for change in changes) else None
 
@@ -116,7 +116,11 @@ def stage_name(name: str) -> str:
     return f"prepare@{name}"
 
 
-def _dvc(name: str, repo: Path, lock: int, *command: str) -> subprocess.CompletedProcess[str]:
+def run_dvc(name: str, repo: Path, lock: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run `dvc <command> prepare@<name>` in the repository, under the lock of `one_writer`.
+
+    Raises VersioningFailed when it fails, and DvcLocked when that is because of another DVC.
+    """
     _require_git(repo)
     environment = os.environ | {
         "DVC_NO_ANALYTICS": "1",
@@ -142,7 +146,7 @@ def _require_git(repo: Path) -> None:
 
 
 @contextmanager
-def _one_writer(repo: Path) -> Iterator[int]:
+def one_writer(repo: Path) -> Iterator[int]:
     """Hold an exclusive lock and yield its descriptor; every process that inherits it prolongs the lock."""
     folder = repo / ".dvc" / "tmp"
     folder.mkdir(parents=True, exist_ok=True)

@@ -198,6 +198,38 @@ def models(
         typer.echo(f"{name:20} {settings}")
 
 
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Free it; without, it is only shown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what lies on this machine's disks that no run and no version needs, and free it with --delete."""
+    from dataclasses import asdict
+
+    from data.store import default_root
+    from flows.gc import by_kind, find_garbage, free
+    from flows.settings import REPO, Settings
+
+    settings = Settings()
+    garbage = find_garbage(settings, REPO, default_root())
+    kinds = by_kind(garbage)
+    freed = free(garbage, settings, REPO) if delete else []
+    if as_json:
+        print_json({"kinds": {kind: asdict(found) for kind, found in kinds.items()}, "freed": len(freed)})
+        return
+    for kind, found in kinds.items():
+        typer.echo(f"{found.size_bytes / 2**20:10.1f} MiB  {found.count:5} x {kind}: {', '.join(found.names)}")
+    total = sum(found.size_bytes for found in kinds.values()) / 2**20
+    if not garbage:
+        typer.echo("nothing: all that is there is needed, or younger than an hour")
+        return
+    if not delete:
+        typer.echo(f"{total:10.1f} MiB  would be free; delete with `speck gc --delete`")
+        return
+    kept = f"; {len(garbage) - len(freed)} are in use by now and stay" if len(freed) < len(garbage) else ""
+    typer.echo(f"{total:10.1f} MiB  to free, {len(freed)} of {len(garbage)} deleted{kept}")
+
+
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print the reason on stderr and exit."""
     typer.echo(message, err=True)

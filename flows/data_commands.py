@@ -1,4 +1,4 @@
-"""`speck data`: import, check, list, report."""
+"""`speck data`: import, check, report, and versions: list, diff, restore, push, pull."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flows.output import JsonOption, print_json
 if TYPE_CHECKING:
     from data.importing import Format
 
-data_app = typer.Typer(help="Datasets: import, check, list, report.", no_args_is_help=True)
+data_app = typer.Typer(help="Datasets: import, check, report, and their versions.", no_args_is_help=True)
 
 
 @data_app.command("import")
@@ -80,11 +80,18 @@ def check(
 
 @data_app.command("list")
 def list_command(as_json: JsonOption = False) -> None:
-    """Show every dataset with its version and counts."""
+    """Show every dataset with its version and counts, and whether the DVC remote has the version."""
+    from dataclasses import replace
+
+    from data.remote import remote_states
     from data.summary import summaries
     from flows.settings import REPO
 
     found = summaries(REPO)
+    states, why = remote_states({summary.name: summary.version for summary in found}, REPO)
+    found = [replace(summary, remote=states[summary.name]) for summary in found]
+    if why:
+        typer.echo(why, err=True)
     if as_json:
         print_json([asdict(summary) for summary in found])
         return
@@ -92,7 +99,73 @@ def list_command(as_json: JsonOption = False) -> None:
         images = " ".join(f"{split} {count}" for split, count in summary.num_images.items()) or "not prepared here"
         boxes = "" if summary.num_boxes is None else f", {summary.num_boxes} boxes"
         size = "" if summary.size_bytes is None else f", {summary.size_bytes / 2**20:.0f} MiB"
-        typer.echo(f"{summary.name:20} {summary.version or 'no version yet':32}  {images}{boxes}{size}")
+        where = "" if summary.version is None else f", {summary.remote}"
+        typer.echo(f"{summary.name:20} {summary.version or 'no version yet':32}  {images}{boxes}{size}{where}")
+
+
+VersionArgument = Annotated[str, typer.Argument(help="Version, its beginning, or `current`.")]
+NamesArgument = Annotated[list[str] | None, typer.Argument(help="Datasets; all that have a version without.")]
+
+
+@data_app.command()
+def diff(name: str, before: VersionArgument, now: VersionArgument, as_json: JsonOption = False) -> None:
+    """Show what changed between two versions: images, and boxes by class."""
+    from data.compare import compare
+    from flows.settings import REPO
+
+    change = compare(name, before, now, REPO)
+    if as_json:
+        print_json(asdict(change))
+        return
+    for what, count in change.num_images.items():
+        examples = change.examples.get(what, [])
+        more = ", ..." if count > len(examples) else ""
+        typer.echo(f"images {what:10} {count:>8}{'  ' if examples else ''}{', '.join(examples)}{more}")
+    for label, (then, after) in change.objects_per_class.items():
+        typer.echo(f"boxes  {label:20} {then:>8} -> {after:<8} {after - then:+}")
+
+
+@data_app.command()
+def restore(name: str, version: VersionArgument) -> None:
+    """Bring a version back into data/processed and dvc.lock."""
+    from data.restore import restore as bring_back
+    from flows.settings import REPO
+
+    restored = bring_back(name, version, REPO)
+    typer.echo(f"{name}: data/processed/{name} and dvc.lock hold version {restored.version}")
+    if restored.changed_deps:
+        typer.echo(
+            f"{name}: these are not as they were for that version, so preparing, as train-all does, leads away from it "
+            f"again: {', '.join(restored.changed_deps)}"
+        )
+
+
+@data_app.command()
+def push(names: NamesArgument = None) -> None:
+    """Send datasets' versions to the DVC remote."""
+    from data.remote import push as send
+    from flows.settings import REPO
+
+    for name in names or _versioned():
+        typer.echo(f"{name}: version {send(name, REPO)} is in the remote")
+
+
+@data_app.command()
+def pull(names: NamesArgument = None) -> None:
+    """Fetch the versions that dvc.lock records from the DVC remote, and put them into data/processed."""
+    from data.remote import pull as fetch
+    from flows.settings import REPO
+
+    for name in names or _versioned():
+        typer.echo(f"{name}: data/processed/{name} holds version {fetch(name, REPO)}")
+
+
+def _versioned() -> list[str]:
+    from data.card import card_names
+    from data.versioning import current_version
+    from flows.settings import REPO
+
+    return [name for name in card_names(REPO / "data" / "catalog") if current_version(name, REPO) is not None]
 
 
 @data_app.command()

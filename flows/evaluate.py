@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.store import default_root, materialise
+from data.store import default_max_bytes, default_root, materialise
 from flows.settings import Settings
 from training.records import RunResult, hash_files, read_result, write_result
 from training.scoring import Scored, Split, score_split, write_artifacts
@@ -81,4 +81,10 @@ def score_again(result: RunResult, spec: RunSpec, settings: Settings) -> RunResu
 
 def dataset_folder(spec: RunSpec, settings: Settings) -> Path:
     """This node's copy of the spec's dataset version."""
-    return materialise(spec.dataset.name, spec.dataset.version, source=settings.data_source, root=default_root())
+    return materialise(
+        spec.dataset.name,
+        spec.dataset.version,
+        source=settings.data_source,
+        root=default_root(),
+        max_bytes=default_max_bytes(),
+    )

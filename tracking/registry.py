@@ -110,15 +110,25 @@ def history(client: MlflowClient, model_name: str) -> list[Version]:
     aliases = _aliases(client, model_name)
     if aliases is None:
         return []
-    versions: list[Any] = []
+    found = [_version(version, aliases) for version in _search(client, f"name = '{model_name}'")]
+    return sorted(found, key=lambda version: version.version, reverse=True)
+
+
+@speaks_to_store
+def all_versions(client: MlflowClient) -> list[Version]:
+    """All versions of all models, in no order, without their aliases."""
+    return [_version(version, {}) for version in _search(client, None)]
+
+
+def _search(client: MlflowClient, query: str | None) -> list[Any]:
+    found: list[Any] = []
     token = None
-    while token or not versions:
-        page = client.search_model_versions(f"name = '{model_name}'", max_results=1000, page_token=token)
-        versions += page
+    while token or not found:
+        page = client.search_model_versions(query, max_results=1000, page_token=token)
+        found += page
         if not (token := page.token):
             break
-    found = [_version(version, aliases) for version in versions]
-    return sorted(found, key=lambda version: version.version, reverse=True)
+    return found
 
 
 @speaks_to_store

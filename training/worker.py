@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 
 from data.image_cache import picture_folder
-from data.store import default_root, materialise
+from data.store import default_max_bytes, default_root, materialise
 from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.loop import Hooks, train
 from training.meter import PROGRESS_MARK, Progress
@@ -37,7 +37,11 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(ray.train.torch.get_device())
     workers = Workers.current(on_gpu=on_gpu)
     dataset_folder = materialise(
-        spec.dataset.name, spec.dataset.version, source=attempt.data_source, root=default_root()
+        spec.dataset.name,
+        spec.dataset.version,
+        source=attempt.data_source,
+        root=default_root(),
+        max_bytes=default_max_bytes(),
     )
     cache_folder = picture_folder(default_root(), spec.dataset.version)
     checkpoint = workers.broadcast(_newest_valid_checkpoint(run_folder) if workers.rank == 0 else None)

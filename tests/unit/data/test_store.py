@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from data.store import MARKER, CorruptObject, MissingObject, UnsupportedSource, default_root, materialise
+import data.store
+from data.objects import MARKER, CorruptObject, MissingObject, Objects, UnsupportedSource
+from data.store import DiskFull, default_max_bytes, default_root, materialise
+from data.store_room import stored_versions
 
 FILES = {"images/a.jpg": b"picture a", "images/sub/b.jpg": b"picture b", "annotations/train.json": b"{}", "empty": b""}
 
@@ -35,8 +40,8 @@ def _store(source: Path, files: dict[str, bytes] = FILES, mode: int = 0o444) -> 
     return _put(source, json.dumps(rows).encode(), ".dir", mode)
 
 
-def _left_behind(root: Path) -> list[str]:
-    return [path.name for path in root.rglob("*") if not path.name.endswith(".lock") and path != root / "tiny"]
+def _visible(root: Path) -> list[str]:
+    return [path.name for path in (root / "tiny").glob("[!.]*")]
 
 
 @pytest.mark.parametrize(("mode", "is_linked"), [(0o444, True), (0o644, False)])
@@ -80,9 +85,9 @@ def test_wrong_bytes_are_refused(tmp_path: Path, mode: int, damaged: str | None)
     with pytest.raises(CorruptObject) as caught:
         materialise("tiny", version, source=str(source), root=tmp_path / "node")
     expected = version if damaged is None else _md5(FILES[damaged])
-    for part in (str(path), f"expected md5 {expected}", f"found {_md5(bytes(content))}", "dvc pull"):
+    for part in (str(path), f"expected md5 {expected}", f"found {_md5(bytes(content))}", "speck data pull"):
         assert part in str(caught.value)
-    assert _left_behind(tmp_path / "node") == []
+    assert _visible(tmp_path / "node") == []
 
 
 @pytest.mark.parametrize("absent", ["images/a.jpg", None])
@@ -93,7 +98,7 @@ def test_missing_objects_are_named(tmp_path: Path, absent: str | None) -> None:
     path.unlink()
     with pytest.raises(MissingObject, match=str(path)):
         materialise("tiny", version, source=str(source), root=tmp_path / "node")
-    assert _left_behind(tmp_path / "node") == []
+    assert _visible(tmp_path / "node") == []
     if absent is not None:
         _put(source, FILES[absent])
         materialise("tiny", version, source=str(source), root=tmp_path / "node")
@@ -113,19 +118,125 @@ def test_malformed_identities_are_refused(tmp_path: Path, name: str, version: st
         materialise(name, version, source=str(tmp_path), root=tmp_path / "node")
 
 
-def test_remote_sources_are_refused_by_scheme(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedSource, match="s3://"):
-        materialise("tiny", "0" * 32, source="s3://bucket/dvc", root=tmp_path)
+@pytest.mark.parametrize("source", ["gs://bucket/dvc", "s3://", "s3:///"])
+def test_remote_sources_of_other_kinds_are_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(UnsupportedSource, match=rf"{source}.* must be a folder or s3://bucket/prefix"):
+        materialise("tiny", "0" * 32, source=source, root=tmp_path)
 
 
-def test_a_killed_processs_leftovers_are_replaced(tmp_path: Path) -> None:
+def test_an_interrupted_fetch_goes_on_from_what_is_sound(tmp_path: Path) -> None:
     version = _store(tmp_path / "cache")
     partial = tmp_path / "node" / "tiny" / f".{version}.partial"
-    partial.mkdir(parents=True)
+    (partial / "images").mkdir(parents=True)
     (partial / "stale").write_text("half")
+    (partial / "images/a.jpg").write_bytes(FILES["images/a.jpg"])
+    (partial / "annotations").mkdir()
+    (partial / "annotations/train.json").write_bytes(b"{")
+    # What is sound is not asked for again.
+    _object(tmp_path / "cache", _md5(FILES["images/a.jpg"])).unlink()
     folder = materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
-    assert not (folder / "stale").exists()
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    assert {name: path.read_bytes() for name, path in found.items() if name != MARKER} == FILES
+    assert all(path.stat().st_mode & 0o222 == 0 for name, path in found.items() if name != MARKER)
     assert not partial.exists()
+
+
+def test_a_link_that_a_killed_process_left_is_not_written_through(tmp_path: Path) -> None:
+    version = _store(tmp_path / "cache")
+    wrong = _object(tmp_path / "cache", _md5(FILES["images/sub/b.jpg"]))
+    target = tmp_path / "node" / "tiny" / f".{version}.partial" / "images/a.jpg"
+    target.parent.mkdir(parents=True)
+    os.link(wrong, target)
+    folder = materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
+    assert (folder / "images/a.jpg").read_bytes() == FILES["images/a.jpg"]
+    assert wrong.read_bytes() == FILES["images/sub/b.jpg"]
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = _store(tmp_path / "cache", mode=0o644)
+    fetch, fetched = data.store.fetch_verified, list[str]()
+
+    def until_full(objects: Objects, md5: str, target: Path) -> None:
+        if len(fetched) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fetched.append(md5)
+        fetch(objects, md5, target)
+
+    monkeypatch.setattr("data.store.fetch_verified", until_full)
+    with pytest.raises(DiskFull, match=rf"{version}: no room left .*`speck gc --delete`.* SPECK_STORE"):
+        materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
+    assert [path.name for path in (tmp_path / "node/tiny").iterdir()] == [f".{version}.lock"]
+    monkeypatch.undo()
+    materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", None), ("2", 2**31), ("0.5", 2**29)])
+def test_the_size_limit_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: int | None
+) -> None:
+    monkeypatch.setenv("SPECK_STORE_GIB", text)
+    assert default_max_bytes() == expected
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "0", "nan"])
+def test_a_size_limit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("SPECK_STORE_GIB", text)
+    with pytest.raises(ValueError, match=rf"SPECK_STORE_GIB='{text}': must be a positive number"):
+        default_max_bytes()
+
+
+MATERIALISE = """
+import sys
+from pathlib import Path
+from data.store import materialise
+materialise("tiny", sys.argv[1], source=sys.argv[2], root=Path(sys.argv[3]), max_bytes=int(sys.argv[4]))
+"""
+
+
+def _other_process(*arguments: object) -> None:
+    """A process that materialises and ends, so that it uses nothing any more."""
+    subprocess.run([sys.executable, "-c", MATERIALISE, *map(str, arguments)], check=True, timeout=60)
+
+
+def test_the_least_recently_used_versions_go_with_their_pictures_but_none_in_use(tmp_path: Path) -> None:
+    source, node, no_limit = tmp_path / "cache", tmp_path / "node", 10**12
+    versions = [_store(source, {"image.jpg": bytes([number]) * 100_000}, mode=0o644) for number in range(4)]
+    for version in versions[:3]:
+        _other_process(version, source, node, no_limit)
+        (node / ".pictures" / version).mkdir(parents=True)
+        (node / ".pictures" / version / "train").write_bytes(bytes(200_000))
+    for age_s, version in enumerate((versions[2], versions[0], versions[1])):
+        os.utime(node / "tiny" / version / MARKER, (1000 - age_s, 1000 - age_s))
+    # The oldest is in use here, the next one is not.
+    held = materialise("tiny", versions[1], source=str(source), root=node)
+    os.utime(held / MARKER, (1, 1))
+    before = {stored.version: stored.size_bytes for stored in stored_versions(node)}
+    assert set(before) == set(versions[:3]), "pictures are part of their version, not a dataset"
+    assert all(size >= 300_000 for size in before.values())
+    _other_process(versions[3], source, node, 2 * max(before.values()) + 200_000)
+    assert {stored.version for stored in stored_versions(node)} == {versions[1], versions[2], versions[3]}
+    assert {path.name for path in (node / ".pictures").iterdir()} == {versions[1], versions[2]}
+    _other_process(versions[0], source, node, 1)
+    assert {stored.version for stored in stored_versions(node)} == {versions[0], versions[1]}
+
+
+def test_what_is_linked_takes_no_room_and_is_not_evicted_in_vain(tmp_path: Path) -> None:
+    source, node = tmp_path / "cache", tmp_path / "node"
+    versions = [_store(source, {"image.jpg": bytes([number]) * 100_000}) for number in range(2)]
+    for version in versions:
+        _other_process(version, source, node, 50_000)
+    assert {stored.version for stored in stored_versions(node)} == set(versions)
+    assert all(stored.size_bytes < 10_000 for stored in stored_versions(node))
+
+
+def test_an_interrupted_eviction_leaves_no_version_behind(tmp_path: Path) -> None:
+    version = _store(tmp_path / "cache")
+    _other_process(version, tmp_path / "cache", tmp_path / "node", 10**12)
+    folder = tmp_path / "node" / "tiny" / version
+    (folder / MARKER).unlink()
+    (folder / "images/a.jpg").unlink()
+    materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
+    assert (folder / "images/a.jpg").read_bytes() == FILES["images/a.jpg"]
 
 
 def test_four_processes_do_it_once(tmp_path: Path) -> None:
@@ -135,13 +246,13 @@ def test_four_processes_do_it_once(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 import data.store as store
-fill = store._fill
+fill = store.fill
 def counted(*arguments):
     with open(sys.argv[4], "a") as log:
         log.write("x")
     time.sleep(0.5)
     fill(*arguments)
-store._fill = counted
+store.fill = counted
 Path(sys.argv[4] + "-started-" + sys.argv[5]).touch()
 while len(list(Path(sys.argv[4]).parent.glob("log-started-*"))) < 4:
     time.sleep(0.005)

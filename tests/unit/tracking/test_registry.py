@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tracking.registry import ARCHITECTURE, champion, history, promote, record_verdict, register
+from tracking.registry import ARCHITECTURE, all_versions, champion, history, promote, record_verdict, register
 from tracking.runs import DatasetRef, ensure_run
 
 DATASET = DatasetRef("dots", "0" * 32 + ".dir", "/srv/dots", {"test": 3})
@@ -57,6 +57,12 @@ def test_promotion_moves_both_aliases_and_repeating_it_changes_nothing(client: A
         "bbb": ("champion",),
         "aaa": ("previous",),
     }
+
+
+def test_all_versions_are_those_of_every_model(client: Any, files: Path) -> None:
+    for model_name in ("one", "other"):
+        registered(client, model_name, f"key-of-{model_name}", files)
+    assert {version.run_key for version in all_versions(client)} >= {"key-of-one", "key-of-other"}
 
 
 def test_a_verdict_is_kept_beside_its_version(client: Any, files: Path) -> None:

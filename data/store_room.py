@@ -1,0 +1,118 @@
+"""How large a node's store is, and room in it: whole dataset versions go, with their decoded pictures."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.image_cache import picture_folder
+from data.objects import MARKER
+
+# A version, what was fetched of one so far, its lock.
+_ENTRY = re.compile(r"([0-9a-f]{32})|\.([0-9a-f]{32})\.(partial|lock)")
+
+
+@dataclass(frozen=True)
+class StoredVersion:
+    """What a store holds of one version: `folders`, finished or not, and decoded pictures; `locks` guard them.
+
+    `size_bytes` is what deleting it frees: a hard link into DVC's cache takes no room. `used_s`: when it was last asked
+    for, in seconds since 1970.
+    """
+
+    version: str
+    folders: tuple[Path, ...]
+    locks: tuple[Path, ...]
+    size_bytes: int
+    used_s: float
+
+
+def stored_versions(root: Path) -> list[StoredVersion]:
+    """What lies in a store, the version that was used least recently first."""
+    folders: dict[str, set[Path]] = {}
+    locks: dict[str, list[Path]] = {}
+    # A dataset's name never begins with a dot, as `.pictures` does.
+    for path in (path for path in root.glob("*/*") if not path.parent.name.startswith(".")):
+        if (match := _ENTRY.fullmatch(path.name)) is None:
+            continue
+        version = match[1] or match[2]
+        if match[3] == "lock":
+            locks.setdefault(version, []).append(path)
+        else:
+            folders.setdefault(version, set()).add(path)
+    for path in picture_folder(root, "").glob("*"):
+        folders.setdefault(path.name, set()).add(path)
+    found = [
+        StoredVersion(
+            version=version,
+            folders=tuple(sorted(places)),
+            locks=tuple(sorted(locks.get(version, ()))),
+            size_bytes=freed_bytes(places),
+            used_s=_used_s(places),
+        )
+        for version, places in folders.items()
+    ]
+    return sorted(found, key=lambda stored: stored.used_s)
+
+
+def make_room(root: Path, max_bytes: int) -> list[StoredVersion]:
+    """Remove versions that no process uses, least recently used first, until the store is no larger than `max_bytes`.
+
+    Returns what was removed; a store may stay larger when all that is left is in use.
+    """
+    removed = []
+    stored = stored_versions(root)
+    total_bytes = sum(one.size_bytes for one in stored)
+    for one in stored:
+        if total_bytes <= max_bytes:
+            break
+        # What takes no room of its own would go in vain.
+        if one.size_bytes and remove(one):
+            removed.append(one)
+            total_bytes -= one.size_bytes
+    return removed
+
+
+def remove(stored: StoredVersion) -> bool:
+    """Delete a version unless a process uses it, and return whether it was deleted."""
+    with ExitStack() as stack:
+        for lock in stored.locks:
+            descriptor = os.open(lock, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        for folder in stored.folders:
+            # First, so that what an interruption leaves is nobody's version.
+            (folder / MARKER).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+    return True
+
+
+def freed_bytes(places: Iterable[Path]) -> int:
+    """Disk space that is free once these folders are deleted; files that have another name elsewhere stay."""
+    total = 0
+    for path in (path for place in places for path in place.rglob("*")):
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if status.st_nlink == 1:
+                total += status.st_blocks * 512
+    return total
+
+
+def _used_s(folders: Iterable[Path]) -> float:
+    """When a version was last asked for; where it never got that far, when something was made of it."""
+    times: dict[str, list[float]] = {"asked for": [], "made": []}
+    for folder in folders:
+        for what, path in (("asked for", folder / MARKER), ("made", folder)):
+            with suppress(FileNotFoundError):
+                times[what].append(path.stat().st_mtime)
+    return max(times["asked for"] or times["made"], default=0.0)

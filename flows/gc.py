@@ -1,0 +1,213 @@
+"""What lies on the disks of this machine that no run and no version needs, and freeing it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.store_room import StoredVersion, remove, stored_versions
+from data.unneeded import current_versions, killed_imports, unneeded_objects
+from data.versioning import one_writer
+from flows.lease import EXPIRES_AFTER_S
+from flows.settings import Settings
+from tracking.client import connect, database
+from tracking.registry import all_versions
+from tracking.runs import TRAINING
+from training.records import Attempt, CorruptResult, RunResult, read_result
+from training.spec import RunSpec
+
+# What is younger may belong to something that is just beginning.
+MIN_AGE_S = 3600.0
+
+
+class RunsAtWork(RuntimeError):
+    """Cells are being trained on this storage."""
+
+
+class UnreadableRecord(RuntimeError):
+    """A record says what a run needs and cannot be read, so that nothing may be freed."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something nobody needs. `free` deletes it and says whether it did; what is in use meanwhile stays."""
+
+    kind: str
+    name: str
+    paths: tuple[Path, ...]
+    free: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Freed:
+    """One kind of garbage: how many there are, their names, and the disk space that deleting all garbage frees."""
+
+    count: int
+    names: list[str]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class _Needs:
+    versions: set[str]
+    warm_starts: set[str]
+    trainings: set[str]
+
+
+def find_garbage(settings: Settings, repo: Path, store: Path) -> list[Garbage]:
+    """What no run in storage, no version in dvc.lock and no registered version needs.
+
+    Runs under another SPECK_HOME are not seen: where several share a checkout, its DVC cache is theirs as well.
+
+    A run needs its dataset version and the weights it starts from; until it has a sound result, its checkpoints too.
+    Of a training that was put aside, the records of its attempts stay: their numbers must not be given away again.
+
+    Raises:
+        TrackingUnavailable: the registry cannot be asked.
+        UnreadableRecord: a run does not say what it needs.
+        VersioningFailed: dvc.lock is damaged.
+    """
+    needs = _needs(settings, repo)
+    found = [*_store(store, needs.versions), *_cache(repo, needs.versions), *_runs(settings, needs)]
+    found += [_tree("leftover of a killed import", path) for path in killed_imports(repo)]
+    newest_s = time.time() - MIN_AGE_S
+    return [garbage for garbage in found if _changed_s(garbage.paths) < newest_s]
+
+
+def free(garbage: Iterable[Garbage], settings: Settings, repo: Path) -> list[Garbage]:
+    """Delete garbage and return what was deleted. Raises RunsAtWork while a flow holds a cell."""
+    leases = (settings.home / "leases").glob("*.json")
+    for path in leases:
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < EXPIRES_AFTER_S:
+                raise RunsAtWork(f"{path.stem} is being worked on. Free space when no flow runs, or stop it")
+    with one_writer(repo):
+        return [one for one in garbage if one.free()]
+
+
+def by_kind(garbage: Iterable[Garbage]) -> dict[str, Freed]:
+    """Count garbage by kind; a file with several names counts for the kind of the last one, if all of them go."""
+    names: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    links: dict[tuple[int, int], int] = {}
+    for one in garbage:
+        names.setdefault(one.kind, []).append(one.name)
+        sizes.setdefault(one.kind, 0)
+        for path in _files(one.paths):
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                key = (status.st_dev, status.st_ino)
+                links[key] = links.get(key, 0) + 1
+                if links[key] == status.st_nlink:
+                    sizes[one.kind] += status.st_blocks * 512
+    return {kind: Freed(len(found), found, sizes[kind]) for kind, found in names.items()}
+
+
+def _needs(settings: Settings, repo: Path) -> _Needs:
+    versions, warm_starts, trainings = current_versions(repo), set[str](), set[str]()
+    for spec in _specs(settings):
+        versions.add(spec.dataset.version)
+        if spec.training.warm_start is not None:
+            warm_starts.add(spec.training.warm_start.removeprefix("sha256:"))
+    if settings.mlflow_tracking_uri is not None or database(settings.tracking_uri).is_file():
+        for version in all_versions(connect(settings.tracking_uri)):
+            versions.add(version.dataset_version)
+            trainings.add(version.tags.get(TRAINING, version.run_key))
+    return _Needs(versions, warm_starts, trainings)
+
+
+def _specs(settings: Settings) -> Iterator[RunSpec]:
+    """What every run in storage was asked to do, each time."""
+    for path in (*settings.storage.glob("*/attempts/*.json"), *settings.storage.glob("*/result.json")):
+        record = RunResult if path.name == "result.json" else Attempt
+        try:
+            yield record.model_validate_json(path.read_bytes()).spec
+        except ValueError as error:
+            raise UnreadableRecord(
+                f"{path}: cannot be read, so nobody knows what the run needs. Delete the run's folder, or restore the "
+                "file"
+            ) from error
+
+
+def _store(root: Path, needed: set[str]) -> Iterator[Garbage]:
+    for stored in stored_versions(root):
+        if stored.version not in needed:
+            pictures = [folder for folder in stored.folders if folder.parent.name == ".pictures"]
+            kind = "decoded pictures" if len(pictures) == len(stored.folders) else "dataset version in the store"
+            yield Garbage(kind, stored.version, stored.folders, _remover(stored))
+
+
+def _remover(stored: StoredVersion) -> Callable[[], bool]:
+    return lambda: remove(stored)
+
+
+def _cache(repo: Path, needed: set[str]) -> Iterator[Garbage]:
+    for version, paths in unneeded_objects(needed, repo).items():
+        yield Garbage("dataset version in DVC's cache", version, tuple(paths), _unlinker(paths))
+
+
+def _unlinker(paths: list[Path]) -> Callable[[], bool]:
+    def unlink() -> bool:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return True
+
+    return unlink
+
+
+def _runs(settings: Settings, needs: _Needs) -> Iterator[Garbage]:
+    for path in sorted((settings.home / "warm_starts").glob("*")):
+        if path.stem not in needs.warm_starts:
+            yield _tree("warm-start weights", path)
+    for run_folder in sorted(path.parent for path in settings.storage.glob("*/result.json")):
+        try:
+            result = read_result(run_folder)
+        except CorruptResult:
+            continue  # It is made again from its last checkpoint.
+        folders = sorted(run_folder.glob("checkpoint_*"))
+        if result is not None and folders:
+            yield _together("checkpoints of a finished run", run_folder.name, folders)
+    for folder in sorted((settings.home / "superseded").glob("*/*")):
+        rest = [path for path in sorted(folder.iterdir()) if path.name != "attempts"]
+        if rest and folder.name not in needs.trainings:
+            yield _together("superseded run", folder.name, rest)
+    for path in sorted(settings.storage.glob("*/artifacts.partial")):
+        yield _tree("leftover of a killed run", path)
+
+
+def _tree(kind: str, path: Path) -> Garbage:
+    return _together(kind, re.sub(r"^\.", "", path.name), [path])
+
+
+def _together(kind: str, name: str, paths: list[Path]) -> Garbage:
+    def delete() -> bool:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return True
+
+    return Garbage(kind, name, tuple(paths), delete)
+
+
+def _changed_s(paths: Iterable[Path]) -> float:
+    """When the youngest file was made or changed; read-only objects of a cache keep the time they were made."""
+    times = [0.0]
+    for path in _files(paths):
+        with suppress(FileNotFoundError):
+            times.append(path.lstat().st_mtime)
+    return max(times)
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            yield from (inner for inner in path.rglob("*") if not inner.is_dir())
+        else:
+            yield path

@@ -1,0 +1,276 @@
+"""Versions sent to a DVC remote, fetched from it, compared and restored: DVC for real, in a small repository."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+from botocore.config import Config
+from services.fault_proxy import FaultProxy, fault_proxy
+from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
+from typer.testing import CliRunner
+
+from data.compare import compare
+from data.objects import CorruptObject, MissingObject, SourceUnavailable
+from data.remote import NoRemote, PushFailed, cache_folder, pull, push, remote_states
+from data.restore import UnknownVersion, UnversionedChanges, known_versions, restore
+from data.store import materialise
+from data.versioning import current_version, version_dataset
+from flows.data_commands import data_app
+
+ROOT = Path(__file__).parents[2]
+# Stands for the real preparation: one annotation file per split, one picture per line of the raw list.
+PREPARE = """
+import json, pathlib
+out = pathlib.Path("data/processed/tiny")
+(out / "images").mkdir(parents=True, exist_ok=True)
+(out / "annotations").mkdir(exist_ok=True)
+info = {"num_boxes_clipped": 0, "num_boxes_excluded": 0}
+lines = pathlib.Path("data/raw/tiny/list.txt").read_text().split()
+for split, names in zip(("train", "val", "test"), (lines[:-2], lines[-2:-1], lines[-1:])):
+    images = [{"id": n, "file_name": f"{name}.png", "width": 8, "height": 8, "ignore_regions_xywh": []}
+              for n, name in enumerate(names, 1)]
+    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [1, 1, len(name), 2], "iscrowd": 0}
+             for n, name in enumerate(names, 1)]
+    document = {"info": info, "images": images, "annotations": boxes, "categories": [{"id": 1, "name": "car"}]}
+    (out / f"annotations/{split}.json").write_text(json.dumps(document))
+    for name in names:
+        (out / f"images/{name}.png").write_bytes(name.encode() * 5000)
+"""
+
+
+def dvc(repo: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=repo, check=True, capture_output=True)
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A repository with one prepared version of a dataset whose raw data is a list of names."""
+    repo = tmp_path / "repo"
+    (repo / "data/catalog").mkdir(parents=True)
+    (repo / "data/raw/tiny").mkdir(parents=True)
+    (repo / ".dvc").mkdir()
+    shutil.copyfile(ROOT / ".dvc/config", repo / ".dvc/config")
+    (repo / "prepare.py").write_text(PREPARE)
+    card = {"name": "tiny", "description": "d", "licence": "l", "format": "coco", "source": "s", "classes": ["car"]}
+    (repo / "data/catalog/tiny.yaml").write_text(yaml.safe_dump(card))
+    stage = {
+        "matrix": {"dataset": ["tiny"]},
+        "cmd": "python prepare.py",
+        "deps": ["data/raw/${item.dataset}"],
+        "outs": ["data/processed/${item.dataset}"],
+    }
+    (repo / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"prepare": stage}}))
+    subprocess.run(["git", "init", "--quiet", str(repo)], check=True)
+    return repo
+
+
+def prepare(repo: Path, *names: str) -> str:
+    """Make a version of pictures with these names, the last two for val and test."""
+    (repo / "data/raw/tiny/list.txt").write_text("\n".join(names))
+    return version_dataset("tiny", repo).version
+
+
+def fresh_clone(repo: Path) -> None:
+    """Take away what git does not keep: the cache and the prepared files."""
+    for path in (repo / ".dvc/cache", repo / "data/processed"):
+        shutil.rmtree(path)
+
+
+def tree(repo: Path) -> dict[str, bytes]:
+    folder = repo / "data/processed/tiny"
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -> None:
+    version = prepare(repo, "a", "b", "c")
+    assert remote_states({"tiny": version}, repo) == ({"tiny": "no remote"}, "")
+    with pytest.raises(NoRemote, match=r"there is no DVC remote\. .*`dvc remote add --default"):
+        push("tiny", repo)
+    dvc(repo, "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    assert remote_states({"tiny": version, "other": None}, repo)[0] == {
+        "tiny": "not in the remote",
+        "other": "no version",
+    }
+    assert push("tiny", repo) == version
+    assert remote_states({"tiny": version}, repo) == ({"tiny": "in the remote"}, "")
+    before, lock = tree(repo), (repo / "dvc.lock").read_bytes()
+    fresh_clone(repo)
+    dvc(repo, "remote", "modify", "storage", "url", str(tmp_path / "empty"))
+    with pytest.raises(PushFailed, match="Prepare it: `dvc repro prepare@tiny`"):
+        push("tiny", repo)
+    dvc(repo, "remote", "modify", "storage", "url", str(tmp_path / "remote"))
+    assert pull("tiny", repo) == version
+    assert tree(repo) == before
+    assert yaml.safe_load((repo / "dvc.lock").read_bytes()) == yaml.safe_load(lock)
+    assert not version_dataset("tiny", repo).regenerated, "DVC finds nothing to do"
+    for path in (tmp_path / "remote/files/md5").rglob("*"):
+        assert path.is_dir() or not path.samefile(cache_folder(repo) / path.relative_to(tmp_path / "remote"))
+    assert all(path.stat().st_mode & 0o222 == 0 for path in (repo / "data/processed").rglob("*") if path.is_file())
+
+
+def test_wrong_bytes_in_the_remote_or_the_cache_never_reach_the_prepared_files(repo: Path, tmp_path: Path) -> None:
+    version = prepare(repo, "a", "b", "c")
+    dvc(repo, "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    push("tiny", repo)
+    before = tree(repo)
+    objects = sorted(path for path in (tmp_path / "remote/files/md5").rglob("*") if path.is_file())
+    spoilt = next(path for path in objects if path.suffix != ".dir")
+    cached = cache_folder(repo) / spoilt.relative_to(tmp_path / "remote")
+    shutil.rmtree(repo / "data/processed")
+    cached.chmod(0o644)
+    cached.write_bytes(b"wrong")
+    cached.chmod(0o444)
+    assert pull("tiny", repo) == version
+    assert tree(repo) == before
+    fresh_clone(repo)
+    spoilt.chmod(0o644)
+    content = spoilt.read_bytes()
+    spoilt.write_bytes(b"wrong")
+    with pytest.raises(CorruptObject, match=str(spoilt)):
+        pull("tiny", repo)
+    assert not (repo / "data/processed").exists()
+    assert not (cache_folder(repo) / f"files/md5/{version[:2]}/{version[2:]}.dir").exists()
+    spoilt.write_bytes(content)
+    pull("tiny", repo)
+    assert tree(repo) == before
+
+
+def test_an_earlier_version_is_compared_and_restored(repo: Path, tmp_path: Path) -> None:
+    first = prepare(repo, "a", "b", "c", "d")
+    files = tree(repo)
+    second = prepare(repo, "a", "bb", "e", "c", "d")
+    change = compare("tiny", first[:8], "current", repo)
+    assert change.previous == first
+    assert {what: count for what, count in change.num_images.items() if count} == {"added": 2, "removed": 1}
+    assert change.examples == {"added": ["bb.png", "e.png"], "removed": ["b.png"]}
+    assert change.objects_per_class == {"car": (4, 5)}
+    assert list(known_versions("tiny", repo)) == [first, second]
+    with pytest.raises(
+        UnknownVersion, match=rf"'zz' must begin exactly one .*newest first: {second[:12]}, {first[:12]}"
+    ):
+        restore("tiny", "zz", repo)
+    restored = restore("tiny", first[:8], repo)
+    assert (restored.version, restored.changed_deps) == (first, ("data/raw/tiny",))
+    assert tree(repo) == files
+    found = current_version("tiny", repo)
+    assert found is not None
+    assert found.version == first
+    assert [path.name for path in (repo / "data/processed").iterdir() if path.name != ".gitignore"] == ["tiny"]
+    (repo / "data/raw/tiny/list.txt").write_text("a\nb\nc\nd")
+    assert not version_dataset("tiny", repo).regenerated
+    assert restore("tiny", second, repo).version == second
+
+
+def test_changes_that_no_version_holds_are_kept(repo: Path, tmp_path: Path) -> None:
+    first = prepare(repo, "a", "b", "c")
+    second = prepare(repo, "a", "b", "c", "d")
+    own = repo / "data/processed/tiny/own.txt"
+    own.write_text("by hand")
+    with pytest.raises(UnversionedChanges, match=r"data/processed/tiny: .*would be lost\. .*`dvc commit -f"):
+        restore("tiny", first, repo)
+    assert own.read_text() == "by hand"
+    own.unlink()
+    # Killed between the files and dvc.lock: the files are a version's, so it just goes on.
+    lock = (repo / "dvc.lock").read_bytes()
+    restore("tiny", first, repo)
+    (repo / "dvc.lock").write_bytes(lock)
+    assert restore("tiny", second, repo).version == second
+    assert restore("tiny", first, repo).version == first
+
+
+def test_a_version_that_only_the_remote_has_is_fetched(repo: Path, tmp_path: Path) -> None:
+    first = prepare(repo, "a", "b", "c")
+    dvc(repo, "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    push("tiny", repo)
+    files = tree(repo)
+    prepare(repo, "a", "b", "c", "d")
+    remote = (tmp_path / "remote/files/md5").rglob("*")
+    for path in remote:
+        if path.is_file():
+            (cache_folder(repo) / path.relative_to(tmp_path / "remote")).unlink()
+    with pytest.raises(UnversionedChanges):
+        restore("tiny", first, repo)
+    shutil.rmtree(repo / "data/processed/tiny")
+    restore("tiny", first, repo)
+    assert tree(repo) == files
+    shutil.rmtree(repo / ".dvc/cache/files")
+    shutil.rmtree(repo / "data/processed/tiny")
+    dvc(repo, "remote", "remove", "storage")
+    with pytest.raises(MissingObject, match="not in this source"):
+        restore("tiny", first, repo)
+
+
+def test_the_commands(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.settings.REPO", repo)
+    first = prepare(repo, "a", "b", "c")
+    second = prepare(repo, "aa", "b", "c")
+
+    def speck(*arguments: str) -> str:
+        answer = CliRunner().invoke(data_app, arguments, catch_exceptions=False)
+        assert answer.exit_code == 0
+        return answer.stdout
+
+    assert speck("diff", "tiny", first[:6], "current").splitlines() == [
+        "images added             1  aa.png",
+        "images removed           1  a.png",
+        "images relabelled        0",
+        "images replaced          0",
+        "images moved             0",
+        "boxes  car                         3 -> 3        +0",
+    ]
+    assert json.loads(speck("list", "--json"))[0]["remote"] == "no remote"
+    dvc(repo, "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    assert speck("push") == f"tiny: version {second} is in the remote\n"
+    assert speck("list").rstrip().endswith("in the remote")
+    fresh_clone(repo)
+    assert speck("pull", "tiny") == f"tiny: data/processed/tiny holds version {second}\n"
+    first = prepare(repo, "a", "b", "c")
+    said = speck("restore", "tiny", second)
+    assert f"hold version {second}" in said
+    assert said.rstrip().endswith("leads away from it again: data/raw/tiny")
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """In front of an S3 server with the bucket `drone`."""
+    (tmp_path / "served").mkdir()
+    with s3_service(tmp_path / "served") as service, fault_proxy(int(service.url.rpartition(":")[2])) as proxy:
+        for name, value in (service.environment | {"AWS_ENDPOINT_URL": proxy.url}).items():
+            monkeypatch.setenv(name, value)
+        client = boto3.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
+        client.create_bucket(Bucket="drone")
+        yield proxy
+
+
+@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
+def test_s3_with_failing_requests_and_a_server_that_goes(repo: Path, tmp_path: Path, proxy: FaultProxy) -> None:
+    version = prepare(repo, *(f"picture{number}" for number in range(30)))
+    before = tree(repo)
+    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
+    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
+    proxy.failing_share = 0.2
+    assert push("tiny", repo) == version
+    assert remote_states({"tiny": version}, repo) == ({"tiny": "in the remote"}, "")
+    folder = materialise("tiny", version, source="s3://drone/dvc", root=tmp_path / "node")
+    assert len(json.loads((folder / "annotations/train.json").read_bytes())["images"]) == 28
+    fresh_clone(repo)
+    assert pull("tiny", repo) == version
+    assert tree(repo) == before
+    proxy.is_skewed = True
+    with pytest.raises(SourceUnavailable, match=rf"s3://drone/dvc: {proxy.url}: .*Set this machine's clock"):
+        push("tiny", repo)
+    proxy.close()
+    with pytest.raises(SourceUnavailable, match=rf"{proxy.url}: Could not connect.*Check AWS_ENDPOINT_URL"):
+        pull("tiny", repo)
+    states, why = remote_states({"tiny": version}, repo)
+    assert states == {"tiny": "the remote does not answer"}
+    assert proxy.url in why
+    assert tree(repo) == before

@@ -1,0 +1,217 @@
+"""What may go and what must stay. The DVC cache is written by hand, as DVC writes it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import store
+
+import flows.gc
+from data.store import MARKER
+from flows.gc import Garbage, RunsAtWork, UnreadableRecord, by_kind, find_garbage, free
+from flows.plan import plan_cell
+from flows.settings import Settings
+from tracking.registry import Version
+from tracking.runs import TRAINING
+from training.checkpoint import save_checkpoint
+from training.records import RunResult, hash_files, record_attempt, supersede, write_result
+from training.spec import RunSpec
+from training.state import warm_start_path
+
+WARM = "sha256:" + "5" * 64
+
+
+@pytest.fixture(autouse=True)
+def _of_any_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows.gc, "MIN_AGE_S", -60.0)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    return tmp_path / "node"
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A repository with the dataset `tiny-squares`, not prepared yet."""
+    repo = tmp_path / "repo"
+    (repo / "data/catalog").mkdir(parents=True)
+    card = {"name": "tiny-squares", "description": "d", "licence": "l", "format": "coco", "source": "s"}
+    (repo / "data/catalog/tiny-squares.yaml").write_text(yaml.safe_dump(card | {"classes": ["bright", "dark"]}))
+    return repo
+
+
+def prepare(repo: Path, node: Path, *contents: str, is_current: bool = False, is_recorded: bool = True) -> str:
+    """Put a version into DVC's cache, with DVC's record of it, and into the node's store."""
+    folder = repo / "made"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for content in contents:
+        (folder / f"{content}.png").write_text(content)
+    version = store(folder, repo / ".dvc/cache")
+    output = {"path": "data/processed/tiny-squares", "md5": f"{version}.dir", "nfiles": len(contents), "size": 1}
+    entry = {"cmd": "prepare", "deps": [], "outs": [output]}
+    if is_recorded:
+        record = repo / f".dvc/cache/runs/ab/{version}/value"
+        record.parent.mkdir(parents=True)
+        record.write_text(yaml.safe_dump(entry))
+    if is_current:
+        (repo / "dvc.lock").write_text(yaml.safe_dump({"stages": {"prepare@tiny-squares": entry}}))
+    copy = node / "tiny-squares" / version
+    copy.mkdir(parents=True)
+    (copy / MARKER).touch()
+    (node / ".pictures" / version).mkdir(parents=True)
+    return version
+
+
+def run(
+    spec: RunSpec, settings: Settings, make_result: Callable[..., RunResult] | None, *, code_hash: str = ""
+) -> Path:
+    """A run with a checkpoint; finished where `make_result` is given."""
+    folder = settings.storage / spec.run_key
+    (folder / "artifacts").mkdir(parents=True)
+    (folder / "artifacts/weights.safetensors").write_bytes(b"weights")
+    code_hash = code_hash or plan_cell(spec, settings).code_hash
+    record_attempt(folder, spec, data_source="", code_hash=code_hash)
+    save_checkpoint(folder / "checkpoint_1", run_key=spec.run_key, step=6, epoch=1, tensors={}, state={})
+    if make_result is not None:
+        files = hash_files(folder, folder / "artifacts")
+        write_result(folder, make_result(spec, 0.25, 0.5, files=files, code_hash=code_hash))
+    return folder
+
+
+def on(spec: RunSpec, version: str) -> RunSpec:
+    return spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"version": version})})
+
+
+def kinds(garbage: list[Garbage]) -> dict[str, list[str]]:
+    return {kind: sorted(found.names) for kind, found in by_kind(garbage).items()}
+
+
+def test_nothing_anywhere_is_no_garbage(settings: Settings, repo: Path, node: Path) -> None:
+    assert find_garbage(settings, repo, node) == []
+    assert not settings.home.exists()
+
+
+def test_what_is_needed_survives_and_the_rest_is_freed(
+    settings: Settings, repo: Path, node: Path, cell_spec: Callable[..., RunSpec],
+    make_result: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    trained, registered, current, foreign, half, dropped, other = (
+        prepare(repo, node, "shared", "trained"),
+        prepare(repo, node, "shared", "registered"),
+        prepare(repo, node, "shared", "current", is_current=True),
+        prepare(repo, node, "shared", "foreign", is_recorded=False),
+        prepare(repo, node, "half"),
+        prepare(repo, node, "shared", "dropped", "dropped too"),
+        prepare(repo, node, "dropped too", "other"),
+    )
+    champion = Version(1, "f" * 12, "id", 0, (), {}, {"speck.dataset_version": registered, TRAINING: "f" * 12})
+    settings.home.mkdir()
+    (settings.home / "mlflow.db").touch()
+    monkeypatch.setattr(flows.gc, "connect", lambda _: None)
+    monkeypatch.setattr(flows.gc, "all_versions", lambda _: [champion])
+
+    finished, begun = on(cell_spec(), trained), on(cell_spec(seed=1), half).with_warm_start(WARM)
+    for weights in (WARM, "sha256:" + "6" * 64):
+        path = warm_start_path(settings.storage, weights)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"weights")
+    old = run(finished, settings, make_result, code_hash="0ld")
+    aside = supersede(old)
+    run(finished, settings, make_result)
+    half_done = run(begun, settings, None)
+    before = [plan_cell(spec, settings).state for spec in (finished, begun)]
+    assert before == ["cached", "resume"]
+    for leftover in ("data/raw/.x.partial", "data/processed/.y.old"):
+        (repo / leftover).mkdir(parents=True)
+    (settings.storage / finished.run_key / "artifacts.partial").mkdir()
+
+    garbage = find_garbage(settings, repo, node)
+    assert kinds(garbage) == {
+        # `foreign` has no record of DVC's: in the cache it is somebody else's, in the store nobody needs it.
+        "dataset version in the store": sorted([foreign, dropped, other]),
+        "dataset version in DVC's cache": sorted([dropped, other]),
+        "warm-start weights": ["6" * 64 + ".safetensors"],
+        "checkpoints of a finished run": [finished.run_key],
+        "superseded run": [finished.run_key],
+        "leftover of a killed import": ["x.partial", "y.old"],
+        "leftover of a killed run": ["artifacts.partial"],
+    }
+    assert free(garbage, settings, repo) == garbage
+    assert find_garbage(settings, repo, node) == []
+
+    assert [plan_cell(spec, settings).state for spec in (finished, begun)] == before
+    assert warm_start_path(settings.storage, WARM).is_file()
+    assert (half_done / "checkpoint_1/manifest.json").is_file()
+    assert [path.name for path in aside.iterdir()] == ["attempts"], "numbers of attempts are not given away again"
+    assert {path.name for path in (node / "tiny-squares").iterdir()} == {trained, registered, current, half}
+    assert {path.name for path in (node / ".pictures").iterdir()} == {trained, registered, current, half}
+    left = {path.read_text() for path in (repo / ".dvc/cache/files").rglob("*") if path.is_file()}
+    assert left >= {"shared", "trained", "registered", "current", "foreign", "half"}
+    assert not left & {"dropped", "dropped too", "other"}
+
+
+def test_a_superseded_run_that_a_registered_version_came_from_stays(
+    settings: Settings, repo: Path, node: Path, cell_spec: Callable[..., RunSpec],
+    make_result: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    aside = supersede(run(cell_spec(), settings, make_result))
+    (settings.home / "mlflow.db").touch()
+    champion = Version(1, aside.name, "id", 0, (), {}, {TRAINING: aside.name})
+    monkeypatch.setattr(flows.gc, "connect", lambda _: None)
+    monkeypatch.setattr(flows.gc, "all_versions", lambda _: [champion])
+    assert find_garbage(settings, repo, node) == []
+
+
+def test_a_damaged_result_keeps_its_checkpoints(
+    settings: Settings, repo: Path, node: Path, cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult]
+) -> None:
+    folder = run(cell_spec(), settings, make_result)
+    (folder / "artifacts/weights.safetensors").write_bytes(b"damaged")
+    assert find_garbage(settings, repo, node) == []
+
+
+def test_an_unreadable_record_stops_everything(
+    settings: Settings, repo: Path, node: Path, cell_spec: Callable[..., RunSpec]
+) -> None:
+    folder = run(cell_spec(), settings, None)
+    (folder / "attempts/001.json").write_text("{}")
+    with pytest.raises(UnreadableRecord, match=r"001\.json: cannot be read, so nobody knows what the run needs"):
+        find_garbage(settings, repo, node)
+
+
+def test_nothing_is_freed_while_a_cell_is_worked_on(settings: Settings, repo: Path, node: Path) -> None:
+    lease = settings.home / "leases/abc.json"
+    lease.parent.mkdir(parents=True)
+    lease.touch()
+    with pytest.raises(RunsAtWork, match="abc is being worked on"):
+        free([], settings, repo)
+    os.utime(lease, (1, 1))
+    assert free([], settings, repo) == []
+
+
+def test_what_is_young_stays(settings: Settings, repo: Path, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows.gc, "MIN_AGE_S", 3600.0)
+    leftover = repo / "data/raw/.x.partial"
+    leftover.mkdir(parents=True)
+    (leftover / "image.png").touch()
+    assert find_garbage(settings, repo, node) == []
+    os.utime(leftover / "image.png", (time.time() - 4000,) * 2)
+    assert kinds(find_garbage(settings, repo, node)) == {"leftover of a killed import": ["x.partial"]}
+
+
+def test_a_file_with_several_names_counts_once_and_only_if_all_go(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in "abc")
+    first.write_bytes(bytes(100_000))
+    os.link(first, second)
+    garbage = [Garbage(kind, kind, (path,), lambda: True) for kind, path in (("one", first), ("two", second))]
+    assert [found.size_bytes >= 100_000 for found in by_kind(garbage).values()] == [False, True]
+    os.link(first, third)
+    assert [found.size_bytes for found in by_kind(garbage).values()] == [0, 0]
