@@ -22,6 +22,7 @@ from data.headers import SUFFIXES, Header, oddities, orientation_at, read_header
 from data.images import leads_out
 from data.importing import copy_contents, remove, write_whole
 from data.label_files import UnreadableFile
+from data.problems import ImportRefused
 from data.reading import READERS, read_labels
 from data.records import SPLITS, ImageRecord
 
@@ -52,7 +53,8 @@ def fix(name: str, repo: Path) -> Counter[str]:
 
     Raises:
         UnknownDataset, InvalidCard: see `load_card`.
-        OSError: the copy cannot be made, such as of a named pipe or on a full disk; nothing has changed then.
+        ImportRefused: the folder holds something that is no file, or a picture is a link that leads out of it.
+        OSError: the copy cannot be made, such as on a full disk. In both cases nothing has changed.
     """
     card = load_card(name, repo / "data" / "catalog")
     raw = repo / "data" / "raw" / name
@@ -120,11 +122,14 @@ def _apply(images: Path, name: str, remedy: _Remedy) -> None:
 
 def _remedy(images: Path, record: ImageRecord, *, can_rename: bool) -> _Remedy:
     path, name = images / record.file_name, record.file_name
+    if leads_out(path, Path(os.path.realpath(images))):
+        # A copy would make it one of the dataset's own files, which nobody has decided.
+        raise ImportRefused(
+            f"{path}: a link that leads out of the folder of images. Put the file in its place, then fix"
+        )
     try:
         header = read_header(path)
     except (FileNotFoundError, UnreadableFile):
-        return _Remedy(None, name, ())
-    if leads_out(path, Path(os.path.realpath(images))):
         return _Remedy(None, name, ())
     odd = oddities(header, name)
     content = None

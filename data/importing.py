@@ -253,11 +253,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def copy_contents(source: Path, target: Path) -> None:
-    """Copy files and what links lead to, but no modes: a copy of a read-only folder could not be removed."""
+    """Copy files and what links lead to, but no modes: a copy of a read-only folder could not be removed.
+
+    Raises ImportRefused at what is neither a folder nor a file; `target` is then half full.
+    """
     target.mkdir()
     for entry in source.iterdir():
         if entry.is_dir():
             copy_contents(entry, target / entry.name)
+        elif not entry.is_file():
+            # A device would be copied without end, a pipe waited for.
+            raise ImportRefused(f"{entry}: not a regular file, nor a link to one. Remove it")
         else:
             shutil.copyfile(entry, target / entry.name)
 

@@ -19,6 +19,7 @@ from data.checking import check
 from data.coco_fixing import fix_coco
 from data.decode import read_bgr
 from data.fixing import fix
+from data.problems import ImportRefused
 from data.reading import read_labels
 from data.splits import SplitRule
 
@@ -110,10 +111,28 @@ def test_links_within_the_dataset_do_not_lead_back_to_the_original(odd: Path, ma
     assert sorted(os.listdir(tmp_path / "val")) == ["a.png", "b.jpg"]
 
 
-def test_what_cannot_be_copied_changes_nothing(odd: Path, make_repo: Make) -> None:
+def pipe(path: Path) -> None:
+    os.mkfifo(path.parent / "pipe")
+
+
+def device(path: Path) -> None:
+    (path.parent / "device").symlink_to("/dev/zero")
+
+
+def link(path: Path) -> None:
+    path.rename(path.parents[3] / "elsewhere.png")
+    path.symlink_to(path.parents[3] / "elsewhere.png")
+
+
+@pytest.mark.parametrize(
+    ("put", "rule"), [(pipe, "not a regular file"), (device, "not a regular file"), (link, "a link that leads out")]
+)
+def test_what_cannot_be_copied_changes_nothing(
+    odd: Path, make_repo: Make, put: Callable[[Path], None], rule: str
+) -> None:
     repo = make_repo(odd)
-    os.mkfifo(odd / "pipe")
-    with pytest.raises(OSError, match="named pipe"):
+    put(odd / "images/train/a.png")
+    with pytest.raises(ImportRefused, match=rule):
         fix("tiny", repo)
     assert (repo / "data/raw/tiny").is_symlink()
     assert [path.name for path in (repo / "data/raw").iterdir()] == ["tiny"]
