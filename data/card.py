@@ -44,12 +44,13 @@ class DatasetCard(BaseModel):
     licence: str
     format: Literal["procedural", "coco", "voc", "yolo", "visdrone", "uavdt"]
     source: str
-    sources: tuple[str, ...] = ()
+    # These, `splits` and `tiling`: left out where there is nothing to say, so that cards, and with `tiling` the keys of
+    # runs, stay what they were before there were such fields.
+    sources: tuple[str, ...] = Field((), exclude_if=lambda sources: not sources)
     classes: tuple[str, ...] = Field(min_length=1)
     protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] = "coco"
     ignore_rule: Literal["none", "covered-half"] = "none"
-    splits: SplitRule = SplitRule()
-    # Left out where there is none: the keys of runs on whole pictures stay what they were before this field was there.
+    splits: SplitRule = Field(SplitRule(), exclude_if=lambda rule: rule == SplitRule())
     tiling: Tiling | None = Field(None, exclude_if=lambda tiling: tiling is None)
 
     @field_validator("classes")

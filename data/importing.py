@@ -22,7 +22,6 @@ from data.known_cards import KnownCard, count, differences, find_known
 from data.pictures import is_hidden
 from data.problems import ImportRefused, listing
 from data.reading import READERS, Labels, read_labels
-from data.splits import SplitRule
 
 Format = Literal["auto", "coco", "voc", "yolo", "visdrone", "uavdt"]
 FORMATS: tuple[str, ...] = ("auto", *READERS)
@@ -195,9 +194,7 @@ def _place(card: DatasetCard, folder: Path, repo: Path, *, copy: bool, is_ours: 
         else:
             raw.symlink_to(folder.resolve(), target_is_directory=True)
         undo.callback(remove, card_file)
-        content = card.model_dump(
-            mode="json", exclude_none=True, exclude={"splits"} if card.splits == SplitRule() else None
-        )
+        content = card.model_dump(mode="json", exclude_none=True)
         write_whole(card_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
         write_whole(params, updated)
         undo.pop_all()
