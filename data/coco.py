@@ -1,4 +1,4 @@
-"""The COCO layout: `images/` and `annotations/{train,val,test}.json`, read with suspicion, written to the byte.
+"""COCO annotation files, read with suspicion from the layouts of `coco_layout`, written to the byte in our own.
 
 Beside COCO's own fields, `images[i]["ignore_regions_xywh"]` lists regions, in pixels, where a detection is neither
 right nor wrong.
@@ -7,35 +7,33 @@ right nor wrong.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr
 from typing import Any
 
+from data.coco_layout import ANNOTATIONS, EXPORTED, IMAGES, CocoFile, below, find_layout, folder_of
 from data.dividing import Divider
 from data.label_files import UnreadableFile, is_safe_name, read_bytes
 from data.pictures import MAX_SIDE_PX
 from data.problems import ImportRefused
 from data.records import SPLITS, XYWH, Box, ImageRecord, Split, clip_xywh
 
-IMAGES = "images"
-ANNOTATIONS = "annotations"
 # JSON has integers that no float can hold; NaN and infinity are not below it either.
 _MAX_NUMBER = 1e12
-
-
-def annotation_file(folder: Path, split: str) -> Path:
-    """Path of a split's annotation file."""
-    return folder / ANNOTATIONS / f"{split}.json"
+_LOOKED_FOR = (
+    f"{ANNOTATIONS}/ with train.json (val, test) beside {IMAGES}/, or with instances_train2017.json and the like "
+    f"beside {IMAGES}/ or train2017/, or train/{EXPORTED}"
+)
 
 
 def recognise(folder: Path) -> tuple[bool, str]:
-    """Whether a folder is in this layout, and what was found or missed."""
-    found = [split for split in SPLITS if annotation_file(folder, split).is_file()]
-    if not found or not (folder / IMAGES).is_dir():
-        return False, "no images/ beside annotations/{train,val,test}.json"
-    return True, f"images/ lies beside annotations/ with {', '.join(f'{split}.json' for split in found)}"
+    """Whether a folder is in a layout of COCO, and what was found or missed."""
+    files = find_layout(folder).files
+    if not files:
+        return False, f"found no {_LOOKED_FOR}"
+    shown = ", ".join(file.path.relative_to(folder).as_posix() for found in files.values() for file in found)
+    return True, f"found {shown}"
 
 
 def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str, Split]:
@@ -47,17 +45,17 @@ def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str
     splits: dict[str, Split] = {split: Split() for split in SPLITS}
     readers: dict[str, _Reader] = {}
     owner: dict[str, str] = {}
-    for split in SPLITS:
-        path = annotation_file(folder, split)
-        if not os.path.lexists(path):
-            continue
-        readers[split] = reader = _Reader(path, classes, splits[split])
+    layout = find_layout(folder)
+    for split, (file, *others) in layout.files.items():
+        readers[split] = reader = _Reader(file, layout.images, classes, splits[split])
         reader.read_images()
+        for other in others:
+            splits[split].report(other.path, f"{file.path.name} is for split {split!r} too", "Keep one of them")
         for image in reader.images.values():
             first = owner.setdefault(image.file_name, split)
             if first != split:
                 rule = f"file_name {image.file_name!r} is in split {first!r} too, so a score would not be a fair one"
-                splits[split].report(path, rule, "Keep it in one split")
+                splits[split].report(file.path, rule, "Keep it in one split")
     listed = {split: [image.file_name for image in reader.images.values()] for split, reader in readers.items()}
     divided = divide(listed)
     split_of = {name: splits[split] for split, names in divided.items() for name in names}
@@ -68,20 +66,21 @@ def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str
 
 def class_names(folder: Path) -> tuple[str, ...]:
     """Category names by ascending id; ImportRefused when the files lack sound `categories`, or differ in them."""
-    files = [annotation_file(folder, split) for split in SPLITS if annotation_file(folder, split).exists()]
-    if not files or not (folder / IMAGES).is_dir():
-        rule = "a COCO folder holds images/ and annotations/ with train.json, val.json and test.json"
+    layout = find_layout(folder)
+    files = [file for found in layout.files.values() for file in found]
+    if not files:
+        rule = f"a COCO folder holds {_LOOKED_FOR}"
         raise ImportRefused(f"{str(folder)!r}: {rule}. Add what is missing, or name another format")
-    by_file = {file.name: _class_names(file) for file in files}
+    by_file = {file.path.relative_to(folder).as_posix(): _class_names(file, layout.images) for file in files}
     if len({frozenset(names) for names in by_file.values()}) > 1:
         raise ImportRefused(
             f"{str(folder)!r}: the splits must have the same categories, found {by_file}. Correct the files"
         )
-    return by_file[files[0].name]
+    return next(iter(by_file.values()))
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
-    reader = _Reader(path, (), Split())
+def _class_names(file: CocoFile, images: Path) -> tuple[str, ...]:
+    reader = _Reader(file, images, (), Split())
     document = reader.document()
     names = reader.category_names(document) if document is not None else {}
     if reader.content.problems:
@@ -108,8 +107,11 @@ def write_split(path: Path, split: Split, classes: Sequence[str], info: dict[str
                     "iscrowd": int(box.is_crowd),
                 }
             )
+    counts = {"num_boxes_clipped": split.num_boxes_clipped, "num_boxes_excluded": split.num_boxes_excluded}
+    if split.num_images_excluded:
+        counts["num_images_excluded"] = split.num_images_excluded
     document = {
-        "info": info | {"num_boxes_clipped": split.num_boxes_clipped, "num_boxes_excluded": split.num_boxes_excluded},
+        "info": info | counts,
         "categories": [{"id": label + 1, "name": name} for label, name in enumerate(classes)],
         "images": [
             {
@@ -129,8 +131,9 @@ def write_split(path: Path, split: Split, classes: Sequence[str], info: dict[str
 class _Reader:
     """Reads one file; its problems go into `content`, the split that the file is named for."""
 
-    def __init__(self, path: Path, classes: Sequence[str], content: Split) -> None:
-        self.path = path
+    def __init__(self, file: CocoFile, images: Path, classes: Sequence[str], content: Split) -> None:
+        self.path = file.path
+        self._file, self._root = file, images
         self.names = tuple(classes)
         self.labels = {name: label for label, name in enumerate(classes)}
         self.content = content
@@ -201,6 +204,8 @@ class _Reader:
     def _read_images(self, document: dict[str, Any]) -> None:
         images = self.images
         names: set[str] = set()
+        texts = (row.get("file_name") for row in document["images"])
+        folder = folder_of(self._root, self._file, (text for text in texts if isinstance(text, str)))
         for index, row in enumerate(document["images"]):
             key, name, width, height = _pick(row, "id", "file_name", "width", "height")
             if not is_int(key) or not isinstance(name, str):
@@ -217,7 +222,7 @@ class _Reader:
             else:
                 names.add(name)
                 regions = self._regions(key, row.get("ignore_regions_xywh", []), width, height)
-                images[key] = ImageRecord(key, name, width, height, (), regions)
+                images[key] = ImageRecord(key, below(folder, name), width, height, (), regions)
         if not document["images"]:
             self._fault("the split has no images", "Training needs train, selection val and promotion test images")
 

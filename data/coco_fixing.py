@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from data.coco import is_int, is_side, is_xywh
+from data.coco_layout import CocoFile, below, folder_of
 from data.importing import write_whole
 from data.label_files import UnreadableFile, read_bytes
 from data.records import XYWH, clip_xywh
 
 
-def fix_coco(path: Path, renamed: Mapping[str, str], *, write: bool) -> Counter[str]:
-    """Count by kind what is put right in a file, and with `write` put it right; `renamed`: old -> new file names.
+def fix_coco(file: CocoFile, images: Path, renamed: Mapping[str, str], *, write: bool) -> Counter[str]:
+    """Count by kind what is put right in a file, and with `write` put it right; `renamed`: old -> new picture names.
 
     Boxes are clipped to their image, those without area in it or that repeat one of the same class are taken out, and
     of annotations with the same id the later ones get new ids. Whatever is malformed stays as it is, and so does a
@@ -24,7 +25,7 @@ def fix_coco(path: Path, renamed: Mapping[str, str], *, write: bool) -> Counter[
     """
     counts: Counter[str] = Counter()
     try:
-        document = json.loads(read_bytes(path, None))
+        document = json.loads(read_bytes(file.path, None))
     except (UnreadableFile, ValueError, RecursionError):
         return counts
     rows_of = {key: document.get(key) for key in ("images", "annotations")} if isinstance(document, dict) else {}
@@ -33,11 +34,14 @@ def fix_coco(path: Path, renamed: Mapping[str, str], *, write: bool) -> Counter[
     ):
         return counts
     document["annotations"] = _annotations(document, counts)
-    for image in document["images"]:
-        name = image.get("file_name")
-        image["file_name"] = renamed.get(name, name) if isinstance(name, str) else name
+    named = [image for image in document["images"] if isinstance(image.get("file_name"), str)]
+    folder = folder_of(images, file, (image["file_name"] for image in named), renamed)
+    for image in named:
+        new = renamed.get(below(folder, image["file_name"]))
+        if new is not None:
+            image["file_name"] = new.removeprefix(below(folder, ""))
     if write and (counts or renamed):
-        write_whole(path, json.dumps(document))
+        write_whole(file.path, json.dumps(document))
     return counts
 
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data.coco import IMAGES, annotation_file
+from data.coco_layout import IMAGES, annotation_file
 from data.objects import FolderObjects, Objects, file_list
 from data.records import SPLITS
 from data.remote import cache_folder

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from data.duplicates import repetitions
 from data.images import threads
 from data.problems import Problem
 from data.records import SPLITS
@@ -28,6 +30,7 @@ class Divider:
         self.folder, self.images, self.rule = folder, images, rule
         self.problems: list[Problem] = []
         self.digests: dict[str, str | None] = {}
+        self.num_excluded: dict[str, int] = {}
 
     def __call__(self, listed: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Return the names of each of the three splits; what is left out is among the `problems`."""
@@ -67,22 +70,43 @@ class Divider:
             for name, split in split_of.items()
             if name in groups and not (is_train_open and split == "train")
         }
-        assigned = assign(groups, self._pinned(groups, rule) | held, shares)
+        fixed = self._pinned(groups, rule) | held
+        assigned = assign(groups, fixed, shares)
         if assigned.conflicts:
             what = (
                 f"{len(assigned.conflicts)} pictures, for example {_examples(assigned.conflicts)}, belong with others"
             )
             self._report(f"{what} that are in several splits", "Left out when prepared: put them into one", "warning")
+        leaves_out = rule.rule == "ratio" and rule.near_duplicates == "leave-out"
+        repeated = self._repetitions(assigned.splits, fixed) if leaves_out else {}
         divided: dict[str, list[str]] = {split: [] for split in SPLITS}
         homes: dict[str, set[str]] = {}
         for name, split in assigned.splits.items():
-            divided[split].append(name)
+            if name not in repeated:
+                divided[split].append(name)
             homes.setdefault(groups[name], set()).add(split)
         torn = [group for group, found in homes.items() if len(found) > 1]
         if torn and rule.sequence is not None:
             what = f"{len(torn)} sequences, for example {_examples(torn)}, are in several splits as the files have it"
             self._report(what, "Kept: a score is only fair if a sequence stays in one", "warning")
         return divided
+
+    def _repetitions(self, split_of: Mapping[str, str], fixed: Mapping[str, str]) -> dict[str, str]:
+        """Return picture -> what it nearly repeats in another split, of those that are left out for that."""
+        drawn = [name for split in reversed(SPLITS) for name in split_of if split_of[name] == split]
+        order = [*fixed, *(name for name in drawn if name not in fixed)]
+        found = repetitions(self.images, {name: split_of[name] for name in order}, len(fixed))
+        self.num_excluded = dict(Counter(split_of[name] for name in found))
+        if found:
+            counts = ", ".join(f"{split} {number}" for split, number in self.num_excluded.items())
+            examples = ", ".join(f"{name} (like {other})" for name, other in [*found.items()][:_NUM_EXAMPLES])
+            remedy = (
+                "Left out when prepared. Frames of video are better kept together: `splits: {rule: by-sequence, "
+                "sequence: ...}`; for a camera that does not move say `near_duplicates: keep`"
+            )
+            rule = f"{len(found)} pictures ({counts}) nearly repeat one of another split: {examples}"
+            self._report(rule, remedy, "warning")
+        return found
 
     def _groups(self, names: Sequence[str], rule: SplitRule) -> dict[str, str]:
         if rule.sequence is None:

@@ -86,8 +86,7 @@ def near_duplicates(images: Path, file_names: Sequence[str]) -> Duplicates:
     like c, all three are one group, as the frames of a video are. A camera that never moves makes one group of all
     its pictures.
     """
-    with threads() as pool:
-        looks = list(pool.map(lambda name: _look(images / name), file_names))
+    looks = _looks(images, file_names)
     group = np.arange(len(looks))
     links: list[Link] = []
 
@@ -100,11 +99,7 @@ def near_duplicates(images: Path, file_names: Sequence[str]) -> Duplicates:
     for row, look in enumerate(looks):
         if look is not None:
             join(first.setdefault(look.sha256, row), row, 0, 1.0, True)
-    seen = [(row, look.code, look.thumbnail) for row, look in enumerate(looks) if look is not None]
-    textured = [(row, code, thumbnail) for row, code, thumbnail in seen if code is not None and thumbnail is not None]
-    rows = np.array([row for row, _, _ in textured], np.int64)
-    codes = np.array([code for _, code, _ in textured], np.uint64)
-    thumbnails = np.array([thumbnail for _, _, thumbnail in textured], np.float16)
+    rows, codes, thumbnails = _textured(looks)
     for here, near in neighbours(codes):
         # Of a group that is together already no further pair is asked for, else a fixed camera would ask for all.
         near = near[group[rows[near]] != group[rows[here]]]  # noqa: PLW2901
@@ -114,6 +109,27 @@ def near_duplicates(images: Path, file_names: Sequence[str]) -> Duplicates:
                 distance = int(np.bitwise_count(codes[here] ^ codes[other]))
                 join(int(rows[here]), int(rows[other]), distance, correlation, False)
     return Duplicates(links, _groups(group, file_names), [n for n, k in zip(file_names, looks, strict=True) if not k])
+
+
+def repetitions(images: Path, split_of: Mapping[str, str], num_kept: int) -> dict[str, str]:
+    """Return picture -> one of another split that it nearly repeats, for as many as must go so that no such pair stays.
+
+    Of a pair the one that comes later in `split_of` goes; the first `num_kept` stay in any case. Only true pairs count:
+    likeness is not passed on.
+    """
+    names = list(split_of)
+    rows, codes, thumbnails = _textured(_looks(images, names))
+    splits = np.array([split_of[names[row]] for row in rows], np.str_)
+    is_kept = rows < num_kept
+    found: dict[str, str] = {}
+    for here, near in neighbours(codes):
+        if names[rows[here]] in found:
+            continue
+        near = near[(splits[near] != splits[here]) & ~is_kept[near]]  # noqa: PLW2901
+        correlations = thumbnails[near].astype(np.float32) @ thumbnails[here].astype(np.float32)
+        for other in near[correlations >= MIN_CORRELATION].tolist():
+            found.setdefault(names[rows[other]], names[rows[here]])
+    return found
 
 
 def near_duplicate_problems(images: Path, splits: Mapping[str, Split]) -> list[Problem]:
@@ -158,6 +174,24 @@ def neighbours(codes: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.int6
         candidates = np.unique(np.concatenate(found))
         candidates = candidates[candidates > row]
         yield row, candidates[np.bitwise_count(codes[candidates] ^ codes[row]) <= MAX_DISTANCE]
+
+
+def _looks(images: Path, file_names: Sequence[str]) -> list[_Look | None]:
+    with threads() as pool:
+        return list(pool.map(lambda name: _look(images / name), file_names))
+
+
+def _textured(
+    looks: Sequence[_Look | None],
+) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.float16]]:
+    """Rows, codes and thumbnails of the pictures that show something."""
+    seen = [(row, look.code, look.thumbnail) for row, look in enumerate(looks) if look is not None]
+    textured = [(row, code, thumbnail) for row, code, thumbnail in seen if code is not None and thumbnail is not None]
+    return (
+        np.array([row for row, _, _ in textured], np.int64),
+        np.array([code for _, code, _ in textured], np.uint64),
+        np.array([thumbnail for _, _, thumbnail in textured], np.float16),
+    )
 
 
 def _look(path: Path) -> _Look | None:

@@ -15,8 +15,8 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 from data.card import DatasetCard, load_card
-from data.coco import annotation_file
 from data.coco_fixing import fix_coco
+from data.coco_layout import find_layout
 from data.decode import UndecodableImage, read_bgr
 from data.headers import SUFFIXES, Header, oddities, orientation_at, read_header
 from data.images import leads_out
@@ -24,7 +24,7 @@ from data.importing import copy_contents, remove, write_whole
 from data.label_files import UnreadableFile
 from data.problems import ImportRefused
 from data.reading import READERS, read_labels
-from data.records import SPLITS, ImageRecord
+from data.records import ImageRecord
 
 # Parameters with which OpenCV writes a type without loss; JPEG has none.
 _LOSSLESS: dict[str, list[int]] = {"PNG": [], "BMP": [], "TIFF": [], "WEBP": [cv2.IMWRITE_WEBP_QUALITY, 101]}
@@ -105,8 +105,9 @@ def _fixed(card: DatasetCard, folder: Path, *, write: bool) -> _Fixed:
             if remedy.name != record.file_name:
                 renamed[record.file_name] = remedy.name
     if card.format == "coco":
-        for split in SPLITS:
-            counts += fix_coco(annotation_file(folder, split), renamed, write=write)
+        layout = find_layout(folder)
+        for file in (file for files in layout.files.values() for file in files):
+            counts += fix_coco(file, layout.images, renamed, write=write)
     return _Fixed(counts, renamed, splits)
 
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from data import coco
 from data.card import DatasetCard, InvalidCard, UnknownDataset, load_card
-from data.coco import ANNOTATIONS, IMAGES
+from data.coco_layout import ANNOTATIONS, IMAGES, annotation_file
 from data.problems import InvalidDataset, listing
 from data.procedural import render_dataset
 from data.reading import READERS, read_raw
@@ -44,7 +44,7 @@ def prepare(name: str, repo: Path) -> Path:
             info["train"]["tiling"] = card.tiling.model_dump() | counts
             print(f"{name}: train is cut into tiles: {counts}", file=sys.stderr)
         for split, content in splits.items():
-            coco.write_split(coco.annotation_file(folder, split), content, card.classes, info[split])
+            coco.write_split(annotation_file(folder, split), content, card.classes, info[split])
     return destination
 
 

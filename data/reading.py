@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import coco, uavdt, visdrone, voc, yolo
+from data.coco_layout import find_layout
 from data.dividing import Divider, digests
 from data.images import image_problems
 from data.problems import Problem
@@ -29,7 +30,7 @@ class Reader(NamedTuple):
 
 
 READERS = {
-    "coco": Reader(coco.recognise, coco.class_names, coco.read_coco, lambda folder: folder / coco.IMAGES),
+    "coco": Reader(coco.recognise, coco.class_names, coco.read_coco, lambda folder: find_layout(folder).images),
     "voc": Reader(voc.recognise, voc.class_names, voc.read_voc, lambda folder: voc.voc_folder(folder).images),
     "yolo": Reader(yolo.recognise, yolo.class_names, yolo.read_yolo, lambda folder: folder),
     "visdrone": Reader(visdrone.recognise, visdrone.class_names, visdrone.read_visdrone, lambda folder: folder),
@@ -67,6 +68,8 @@ def read_labels(format: str, folder: Path, classes: Sequence[str], rule: SplitRu
     reader = READERS[format]
     divider = Divider(folder, reader.images(folder), rule)
     splits = reader.read(folder, classes, divider)
+    for split, number in divider.num_excluded.items():
+        splits[split].num_images_excluded = number
     return Labels(splits, [problem for content in splits.values() for problem in content.problems], divider)
 
 

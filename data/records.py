@@ -45,11 +45,13 @@ class Split:
     """What one annotation file holds after cleaning, and what cleaning found.
 
     `num_boxes_excluded` had no area inside their image or repeated another; `num_boxes_clipped` stuck out of it.
+    `num_images_excluded` were drawn for this split but nearly repeat a picture of another.
     """
 
     images: list[ImageRecord] = field(default_factory=list)
     num_boxes_clipped: int = 0
     num_boxes_excluded: int = 0
+    num_images_excluded: int = 0
     _problems: list[Problem] = field(default_factory=list, repr=False)
     _num_problems: dict[Path, int] = field(default_factory=dict, repr=False)
 

@@ -16,7 +16,8 @@ from typing import Any
 from filelock import FileLock
 
 from data.card import load_card
-from data.coco import IMAGES, annotation_file, class_names
+from data.coco import class_names
+from data.coco_layout import IMAGES, annotation_file
 from data.reading import read_labels
 from data.records import SPLITS, ImageRecord
 from data.report_change import Change, change_since, fingerprints
@@ -94,6 +95,8 @@ def summary(report: DatasetReport) -> list[str]:
             f"{name}: {split.num_images} images, {split.num_objects} objects ({classes}), {tiny} of them below 16 px; "
             f"per image p50 {per_image['p50']}, p99 {per_image['p99']}, max {per_image['max']}"
         )
+        if split.num_images_excluded:
+            lines.append(f"{name}: {split.num_images_excluded} images left out: near duplicates of another split")
     if report.change is not None:
         counts = ", ".join(f"{count} {what}" for what, count in report.change.num_images.items())
         lines.append(f"images since version {report.change.previous[:12]}: {counts}")

@@ -39,6 +39,10 @@ class SplitRule(BaseModel):
     `by-sequence`: pictures whose names give the same `sequence` stay together, a regular expression whose first group,
     or else whose match, is the sequence's name. What the files say holds under every rule: only pictures that they put
     nowhere are divided, and those of train where the files lack val or test. `pinned` names pictures or sequences.
+
+    A picture that `ratio` draws and that nearly repeats one of another split is left out, first those of train, then
+    those of val; so no picture moves, and what test holds was not trained on. `near_duplicates: keep` is for a camera
+    that does not move, all of whose pictures look alike. Sequences are kept together and not compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +50,7 @@ class SplitRule(BaseModel):
     rule: Literal["given", "ratio", "by-sequence"] = "given"
     shares: Shares = Shares()
     sequence: str | None = None
+    near_duplicates: Literal["leave-out", "keep"] = "leave-out"
     pinned: dict[SplitName, tuple[str, ...]] = Field(default_factory=dict)
 
     @field_validator("sequence")
@@ -61,6 +66,8 @@ class SplitRule(BaseModel):
     def _consistent(self) -> Self:
         if (self.sequence is not None) != (self.rule == "by-sequence"):
             raise ValueError("a sequence belongs to the rule by-sequence, and that rule needs one")
+        if self.near_duplicates == "keep" and self.rule != "ratio":
+            raise ValueError("near_duplicates belongs to the rule ratio: the others keep them")
         names = [name for names in self.pinned.values() for name in names]
         if self.rule == "given" and names:
             raise ValueError("the rule given has nothing to pin: the files say it all")

@@ -35,6 +35,7 @@ class SplitStatistics:
     num_crowd_boxes: int
     num_boxes_clipped: int
     num_boxes_excluded: int
+    num_images_excluded: int
     objects_per_class: dict[str, int]
     images_per_class: dict[str, int]
     objects_by_aitod_size: dict[str, int]
@@ -79,6 +80,7 @@ def split_statistics(records: Sequence[ImageRecord], classes: Sequence[str], inf
         num_crowd_boxes=sum(box.is_crowd for record in records for box in record.boxes),
         num_boxes_clipped=info["num_boxes_clipped"],
         num_boxes_excluded=info["num_boxes_excluded"],
+        num_images_excluded=info.get("num_images_excluded", 0),
         objects_per_class={name: labels[label] for label, name in enumerate(classes)},
         images_per_class={name: images[label] for label, name in enumerate(classes)},
         objects_by_aitod_size=_by_size(sides_px, AITOD_SIDES_PX),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.card import card_names
-from data.coco import annotation_file
+from data.coco_layout import annotation_file
 from data.records import SPLITS
 from data.samples.scene import load_recipe
 from data.versioning import current_version

@@ -58,7 +58,9 @@ def tile_split(images: Path, split: Split, tiling: Tiling) -> TiledSplit:
             counts["num_objects"] += 1
             fate = "whole" if best == 1 else "cut" if best >= tiling.min_visible_share else "unlabelled"
             counts[f"num_{fate}"] += 1
-    return TiledSplit(Split(records, split.num_boxes_clipped, split.num_boxes_excluded), counts)
+    return TiledSplit(
+        Split(records, split.num_boxes_clipped, split.num_boxes_excluded, split.num_images_excluded), counts
+    )
 
 
 def _best_shares(record: ImageRecord, contents: Sequence[TileContent]) -> Iterator[float]:

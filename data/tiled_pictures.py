@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from data.augment import Image, letterbox
 from data.batch import Sample
-from data.coco import IMAGES, annotation_file
+from data.coco_layout import IMAGES, annotation_file
 from data.decode import UndecodableImage, read_bgr
 from data.tiling import Tile, TileGrid
 

@@ -49,7 +49,7 @@ def test_archives_are_imported_as_copies(coco_folder: Make, make_repo: Make, nam
     assert not raw.is_symlink()
     assert tree(raw) == tree(source)
     assert card.source == "data/raw/harbour"
-    assert notes[0].startswith("coco: images/ lies beside annotations/ with train.json, val.json, test.json")
+    assert notes[0].startswith("coco: found annotations/train.json, annotations/val.json, annotations/test.json")
     assert {path.name for path in (repo / "data/raw").iterdir()} == {"harbour"}
     assert prepare("harbour", repo).is_dir()
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from data.checking import check
 from data.coco_fixing import fix_coco
+from data.coco_layout import CocoFile
 from data.decode import read_bgr
 from data.fixing import fix
 from data.problems import ImportRefused
@@ -213,13 +214,14 @@ def test_labels_are_right_after_once_and_malformed_rows_stay(
     tmp_path_factory: pytest.TempPathFactory, annotations: list[dict[str, Any]]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "train.json"
+    file = CocoFile(path, ("",))
     images = [{"id": key, "file_name": f"{key}.png", "width": 60, "height": 40} for key in (3, 7)]
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": []}))
-    planned = fix_coco(path, {}, write=False)
+    planned = fix_coco(file, path.parent, {}, write=False)
     assert json.loads(path.read_text())["annotations"] == annotations
-    assert fix_coco(path, {}, write=True) == planned
+    assert fix_coco(file, path.parent, {}, write=True) == planned
     kept = json.loads(path.read_text())["annotations"]
-    assert fix_coco(path, {}, write=True) == {}
+    assert fix_coco(file, path.parent, {}, write=True) == {}
     assert len(kept) == len(annotations) - planned["boxes without area"] - planned["repeated boxes"]
     malformed = [row for row in annotations if row["id"] == "a" or row["image_id"] == 9 or "bbox" not in row]
     assert [row for row in kept if row["id"] == "a" or row["image_id"] == 9 or "bbox" not in row] == malformed
@@ -231,6 +233,6 @@ def test_labels_are_right_after_once_and_malformed_rows_stay(
 def test_files_that_are_not_coco_stay(tmp_path: Path, content: str) -> None:
     path = tmp_path / "train.json"
     path.write_text(content)
-    assert fix_coco(path, {"a": "b"}, write=True) == {}
+    assert fix_coco(CocoFile(path, ("",)), tmp_path, {"a": "b"}, write=True) == {}
     assert path.read_text() == content
-    assert fix_coco(tmp_path / "gone.json", {}, write=True) == {}
+    assert fix_coco(CocoFile(tmp_path / "gone.json", ("",)), tmp_path, {}, write=True) == {}

@@ -26,7 +26,7 @@ def test_two_layouts_that_match_ask_for_a_format(coco_folder: Make, make_repo: M
         register("harbour", source, repo=make_repo())
     assert str(caught.value).splitlines() == [
         f"{str(source)!r}: has the layout of several formats. Say which with --format:",
-        "  coco: images/ lies beside annotations/ with train.json, val.json, test.json",
+        "  coco: found annotations/train.json, annotations/val.json, annotations/test.json",
         "  yolo: data.yaml names 2 classes and 3 pictures have a label file",
     ]
 
@@ -47,7 +47,7 @@ def test_coco_without_a_test_split(coco_folder: Make, make_repo: Make) -> None:
     card, notes = register("harbour", source, repo=repo)
     assert card.splits.rule == "ratio"
     assert load_card("harbour", repo / "data/catalog") == card
-    assert notes[0] == "coco: images/ lies beside annotations/ with train.json, val.json"
+    assert notes[0] == "coco: found annotations/train.json, annotations/val.json"
     assert any("put no picture into split 'test'" in note for note in notes), "two pictures are too few, and it is said"
 
 
@@ -126,7 +126,7 @@ def test_the_command(coco_folder: Make, make_repo: Make, monkeypatch: pytest.Mon
     monkeypatch.setattr(settings, "REPO", make_repo())
     result = CliRunner().invoke(data_app, ["import", "harbour", str(source)])
     assert result.output.splitlines() == [
-        "coco: images/ lies beside annotations/ with train.json, val.json, test.json",
+        "coco: found annotations/train.json, annotations/val.json, annotations/test.json",
         "train 2 images with 4 boxes, val 2 images with 4 boxes, test 2 images with 4 boxes",
         "harbour: 2 classes (car, boat); check it: speck data check harbour",
     ]

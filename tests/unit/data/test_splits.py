@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.dividing import UNASSIGNED, Divider
+from data.dividing import UNASSIGNED, Divider, digests
 from data.records import SPLITS
 from data.splits import Shares, SplitRule, assign
 
@@ -74,6 +76,8 @@ def test_rules_that_make_no_sense_are_refused() -> None:
     for values in (
         {"rule": "by-sequence"},
         {"rule": "ratio", "sequence": "a"},
+        {"rule": "given", "near_duplicates": "keep"},
+        {"rule": "by-sequence", "sequence": "a", "near_duplicates": "keep"},
         {"rule": "by-sequence", "sequence": "("},
         {"pinned": {"val": ["a"]}},
         {"rule": "ratio", "pinned": {"val": ["a"], "test": ["a"]}},
@@ -171,3 +175,49 @@ def test_pictures_between_two_given_splits_are_left_out_and_counted(tmp_path: Pa
         "1 sequences, for example s1, are in several splits as the files have it. "
         "Kept: a score is only fair if a sequence stays in one",
     ]
+
+
+def test_near_duplicates_of_another_split_are_left_out_and_none_moves(tmp_path: Path) -> None:
+    """Three scenes in a row of ever brighter pictures; as the dataset grows, a picture may go, but never move."""
+    names = []
+    for scene in range(3):
+        noise = np.random.default_rng(scene).normal(0, 1, (12, 12))
+        texture = cv2.resize(noise, (96, 96), interpolation=cv2.INTER_CUBIC)
+        for frame in range(20):
+            names.append(f"{scene}-{frame}.png")
+            pixels = (110 + frame + 30 * texture).clip(0, 255).astype(np.uint8)
+            assert cv2.imwrite(str(tmp_path / names[-1]), pixels)
+    draw = assign({name: digest or "" for name, digest in digests(tmp_path, names).items()}, {}, SHARES).splits
+    before: dict[str, str] = {}
+    for count in (6, 25, 41, 60):
+        divide = divider(tmp_path, SplitRule(rule="ratio"))
+        found = {name: split for split, part in divide({UNASSIGNED: names[:count]}).items() for name in part}
+        assert all(found.get(name, split) == split for name, split in before.items()), "none moves"
+        assert found.items() <= draw.items(), "what stays is where its own content put it"
+        for scene in range(3):
+            assert len({split for name, split in found.items() if name.startswith(f"{scene}-")}) <= 1
+        assert sum(divide.num_excluded.values()) == count - len(found)
+        before |= found
+    (problem,) = [problem for problem in divide.problems if "nearly repeat" in problem.rule]
+    assert problem.severity == "warning"
+    assert problem.rule.startswith(f"{60 - len(found)} pictures (")
+    kept = divider(tmp_path, SplitRule(rule="ratio", near_duplicates="keep"))
+    assert {name: split for split, part in kept({UNASSIGNED: names}).items() for name in part} == draw
+    assert kept.problems == []
+
+
+def test_what_the_files_or_the_card_say_is_never_left_out(tmp_path: Path, paint: Paint) -> None:
+    """Copies that differ in one pixel: the listed one and the pinned one stay, though they are alike."""
+    original = cv2.imread(str(paint(tmp_path / "a.png", 64, 64)))
+    for number, name in enumerate("bcdefghij"):
+        copy = original.copy()
+        copy[number, 0] = 255 - copy[number, 0]
+        assert cv2.imwrite(str(tmp_path / f"{name}.png"), copy)
+    rule = SplitRule(rule="ratio", pinned={"val": ("b.png",)})
+    divide = divider(tmp_path, rule)
+    rest = [f"{name}.png" for name in "bcdefghij"]
+    found = divide({"train": ["a.png"], "val": [], "test": [], UNASSIGNED: rest})
+    assert "a.png" in found["train"]
+    assert found["val"] == ["b.png"]
+    assert found["test"] == []
+    assert sorted(found["train"]) == ["a.png"], "what is like b, which is pinned to val, goes"
