@@ -96,7 +96,7 @@ def read(folder: Path) -> list[Problem]:
 
 
 def test_the_folder_is_the_one_that_has_the_pictures(tmp_path: Path) -> None:
-    """`images/train/` is there, and yet names are relative to `images/`; the first picture being lost changes nothing."""
+    """`images/train/` is there, and yet names are relative to `images/`, also where the first picture is lost."""
     folder = lay_out(tmp_path, "ours")
     document = json.loads((folder / "annotations/train.json").read_bytes())
     document["images"].insert(0, {"id": 2, "file_name": "train/lost.png", "width": 9, "height": 9})
