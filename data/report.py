@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock
 
 from data.card import load_card
@@ -24,8 +25,11 @@ from data.report_change import Change, change_since, fingerprints
 from data.report_page import page
 from data.splits import SplitRule
 from data.statistics import SplitStatistics, split_statistics
+from data.versioning import current_version, stage_name
 
 HTML, JSON, FINGERPRINTS, HISTORY = "report.html", "report.json", "images.json", "history.json"
+# The version's entry in dvc.lock, with which `data.restore` brings it back.
+LOCK = "dvc.lock"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ def write_report(name: str, version: str, repo: Path) -> DatasetReport:
         _write(known, json.dumps(now, separators=(",", ":"), sort_keys=True))
         _write(folder / HTML, page(report, prepared / IMAGES, records))
         _write(folder / JSON, json.dumps(asdict(report), indent=1, allow_nan=False))
+        if (recorded := current_version(name, repo)) is not None and recorded.version == version:
+            entry = {"schema": "2.0", "stages": {stage_name(name): recorded.lock_entry}}
+            _write(folder / LOCK, yaml.safe_dump(entry, sort_keys=False))
     return report
 
 

@@ -1,7 +1,7 @@
 """`restore`: an earlier version of a dataset back into data/processed and dvc.lock, by its hash.
 
 What makes a version whole again is its entry in dvc.lock. DVC keeps the entry of everything that it ever made in its
-run cache, and `speck data push` sends that along, so no record of our own is needed.
+run cache, and `speck data push` sends that along; a report, which `train-all` keeps in MLflow, has that of its version.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 from data.images import threads
 from data.objects import MARKER, CorruptObject, FolderObjects, MissingObject, md5_of
 from data.remote import NoRemote, cache_folder, fetch_version
+from data.report import LOCK, report_folder
 from data.store import fill
 from data.versioning import VersioningFailed, current_version, one_writer, run_dvc, stage_name
 
@@ -44,13 +45,15 @@ def known_versions(name: str, repo: Path) -> dict[str, dict[str, Any]]:
     """Return the entries for dvc.lock of a dataset's versions, by version, oldest first; the current one is last."""
     output = f"data/processed/{name}"
     found: dict[str, dict[str, Any]] = {}
-    records = (path for path in (cache_folder(repo) / "runs").glob("*/*/*") if path.is_file())
+    records = [path for path in (cache_folder(repo) / "runs").glob("*/*/*") if path.is_file()]
+    records += report_folder(name, "", repo).glob(f"*/{LOCK}")
     for path in sorted(records, key=lambda path: path.stat().st_mtime_ns):
         content = path.read_bytes()
         if output.encode() not in content:
             continue
         try:
             entry = yaml.safe_load(content)
+            entry = entry["stages"][stage_name(name)] if path.name == LOCK else entry
             (row,) = entry["outs"]
             if row["path"] == output:
                 version = row["md5"].removesuffix(".dir")

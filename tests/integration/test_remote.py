@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from typer.testing import CliRunner
 from data.compare import compare
 from data.objects import CorruptObject, MissingObject, SourceUnavailable
 from data.remote import NoRemote, PushFailed, cache_folder, pull, push, remote_states
+from data.report import LOCK, report_folder
 from data.restore import UnknownVersion, UnversionedChanges, known_versions, restore
 from data.store import materialise
 from data.versioning import current_version, version_dataset
@@ -169,6 +173,58 @@ def test_an_earlier_version_is_compared_and_restored(repo: Path, tmp_path: Path)
     assert restore("tiny", second, repo).version == second
 
 
+def test_a_version_is_known_by_its_report_too(repo: Path) -> None:
+    """What DVC recorded of it is gone; the report, as MLflow keeps it, has the entry."""
+    first = prepare(repo, "a", "b", "c")
+    files = tree(repo)
+    kept = report_folder("tiny", first, repo) / LOCK
+    kept.parent.mkdir(parents=True)
+    shutil.copyfile(repo / "dvc.lock", kept)
+    prepare(repo, "a", "b", "c", "d")
+    shutil.rmtree(repo / ".dvc/cache/runs")
+    assert restore("tiny", first[:8], repo).version == first
+    assert tree(repo) == files
+
+
+def restoring(version: str, repo: Path, kill_after_s: float | None = None) -> float:
+    """Restore in a process of its own and return the seconds since it was ready, or kill it when so many are over."""
+    command = (
+        "from pathlib import Path; from data.restore import restore; print('go', flush=True); "
+        f"restore('tiny', {version!r}, Path({str(repo)!r}))"
+    )
+    with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "go\n"
+        start_s = time.monotonic()
+        if kill_after_s is None:
+            assert process.wait() == 0
+        else:
+            time.sleep(kill_after_s)
+            process.kill()
+        return time.monotonic() - start_s
+
+
+@pytest.mark.soak
+def test_restoring_survives_kills(repo: Path) -> None:
+    """Thirty kills from before the first file to after dvc.lock: there is one version's files, or none, never a mix."""
+    versions = [prepare(repo, *(f"{letter}{n}" for n in range(400))) for letter in "ab"]
+    trees = []
+    for version in versions:
+        duration_s = restoring(version, repo)
+        trees.append(tree(repo))
+    found = Counter[str]()
+    for number in range(30):
+        target = number % 2
+        restoring(versions[target], repo, kill_after_s=duration_s * number / 30)
+        left = tree(repo)
+        found["none" if not left else ["old", "new"][left == trees[target]] if left in trees else "mixed"] += 1
+        assert restore("tiny", versions[target], repo).version == versions[target]
+        assert tree(repo) == trees[target]
+    print(dict(found))
+    assert not found["mixed"]
+    assert min(found["old"], found["new"]) > 0, "the kills must cover it"
+
+
 def test_changes_that_no_version_holds_are_kept(repo: Path, tmp_path: Path) -> None:
     first = prepare(repo, "a", "b", "c")
     second = prepare(repo, "a", "b", "c", "d")
@@ -248,6 +304,59 @@ def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
         client = boto3.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
         client.create_bucket(Bucket="drone")
         yield proxy
+
+
+@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
+def test_a_killed_pull_shows_nothing_and_is_taken_up(repo: Path, proxy: FaultProxy) -> None:
+    version = prepare(repo, *(f"picture{number}" for number in range(60)))
+    before, listed = tree(repo), cache_folder(repo) / f"files/md5/{version[:2]}/{version[2:]}.dir"
+    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
+    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
+    push("tiny", repo)
+    fresh_clone(repo)
+    proxy.delay_s = 0.1
+    pulling = f"from pathlib import Path; from data.remote import pull; pull('tiny', Path({str(repo)!r}))"
+    with subprocess.Popen([sys.executable, "-c", pulling], cwd=ROOT) as process:
+        deadline = time.monotonic() + 60
+        while len(list(listed.parents[1].glob("*/*"))) < 20 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+    num_fetched = len(list(listed.parents[1].glob("*/*")))
+    assert 20 <= num_fetched < 60
+    assert not listed.exists()
+    assert not (repo / "data/processed/tiny").exists()
+    proxy.delay_s = 0.0
+    proxy.requests.clear()
+    assert pull("tiny", repo) == version
+    assert tree(repo) == before
+    fetched = sum("/files/md5/" in path and path[-4:] != ".dir" for _, path in proxy.requests.elements())
+    assert fetched <= 63 - num_fetched, "what had arrived is not fetched again"
+
+
+def no_secret(message: str) -> None:
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in message
+
+
+@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
+def test_wrong_credentials_say_so_and_lose_nothing(
+    repo: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = prepare(repo, "a", "b", "c")
+    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
+    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
+    before = tree(repo)
+    with monkeypatch.context() as wrong:
+        wrong.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng-secret")
+        for command in (push, pull):
+            with pytest.raises(SourceUnavailable, match=r"SignatureDoesNotMatch.*the credentials") as caught:
+                command("tiny", repo)
+            no_secret(str(caught.value))
+        states, why = remote_states({"tiny": version}, repo)
+        assert states == {"tiny": "the remote does not answer"}
+        no_secret(why)
+    assert tree(repo) == before
+    assert remote_states({"tiny": version}, repo)[0] == {"tiny": "not in the remote"}
+    assert push("tiny", repo) == version
 
 
 @pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)

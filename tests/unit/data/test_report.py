@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 from data.prepare import prepare
 from data.records import Box, ImageRecord
@@ -48,6 +49,16 @@ def test_a_version_gives_the_same_bytes_every_time(repo: Path) -> None:
     write_report("tiny", B, repo)
     write_report("tiny", A, repo)
     assert files(repo, A) == first
+
+
+def test_the_entry_of_dvc_lock_is_kept_with_it(repo: Path) -> None:
+    """Of the version that is reported alone: dvc.lock may have moved on."""
+    entry = {"cmd": "prepare", "outs": [{"path": "data/processed/tiny", "md5": f"{A}.dir", "nfiles": 9, "size": 1}]}
+    (repo / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"prepare@tiny": entry, "other": {}}}))
+    write_report("tiny", A, repo)
+    write_report("tiny", B, repo)
+    assert yaml.safe_load(files(repo, A)["dvc.lock"]) == {"schema": "2.0", "stages": {"prepare@tiny": entry}}
+    assert "dvc.lock" not in files(repo, B)
 
 
 def test_the_json_is_what_was_returned(repo: Path) -> None:

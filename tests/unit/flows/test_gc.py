@@ -16,8 +16,9 @@ from data.store import MARKER
 from flows.gc import Garbage, RunsAtWork, UnreadableRecord, by_kind, find_garbage, free
 from flows.plan import plan_cell
 from flows.settings import Settings
-from tracking.registry import Version
-from tracking.runs import TRAINING
+from tracking.client import connect
+from tracking.registry import DATASET_VERSION, Version, register
+from tracking.runs import TRAINING, DatasetRef, ensure_run
 from training.checkpoint import save_checkpoint
 from training.records import RunResult, hash_files, record_attempt, supersede, write_result
 from training.spec import RunSpec
@@ -168,6 +169,28 @@ def test_a_superseded_run_that_a_registered_version_came_from_stays(
     monkeypatch.setattr(flows.gc, "connect", lambda _: None)
     monkeypatch.setattr(flows.gc, "all_versions", lambda _: [champion])
     assert find_garbage(settings, repo, node) == []
+
+
+def test_a_real_registry_is_asked(
+    settings: Settings, repo: Path, node: Path, cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult]
+) -> None:
+    """A version that no run on this disk knows stays, because a model that came from it is registered."""
+    registered, other = prepare(repo, node, "registered"), prepare(repo, node, "other")
+    client = connect(settings.tracking_uri)
+    result = make_result(on(cell_spec(), registered), 0.25, 0.5)
+    run_id = ensure_run(
+        client, experiment="tiny-squares", run_key=result.run_key, training_id=result.run_key, name="x", params={},
+        tags={}, dataset=DatasetRef("tiny-squares", registered, "s", {}), start_time_ms=1,
+    )  # fmt: skip
+    model_folder = settings.home / "model"
+    model_folder.mkdir()
+    (model_folder / "MLmodel").touch()
+    register(
+        client, model_name="tiny-squares", run_id=run_id, run_key=result.run_key, model_folder=model_folder,
+        tags={DATASET_VERSION: registered, TRAINING: result.run_key}, scores={"coco/AP": 0.5},
+    )  # fmt: skip
+    garbage = find_garbage(settings, repo, node)
+    assert kinds(garbage) == {"dataset version in the store": [other], "dataset version in DVC's cache": [other]}
 
 
 def test_a_damaged_result_keeps_its_checkpoints(
