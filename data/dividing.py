@@ -17,13 +17,18 @@ from data.splits import SplitRule, assign
 
 UNASSIGNED = "unassigned"
 _NUM_EXAMPLES = 3
+# Of the pictures that a rule which nobody asked for would draw.
+MAX_LEFT_OUT = 0.05
+# Names of frames: what stands before their number names the video.
+VIDEO = r"^(.*?)[-_]?\d+\.\w+$"
 
 
 class Divider:
     """Called by a reader with the names of the pictures by split, before it reads their labels.
 
     A split that the folder does not have is not among the keys; pictures that it puts nowhere are UNASSIGNED. Without a
-    rule the files' own splits are used or, where one is lacking, the rule `ratio`; `rule` is then the one in use.
+    rule the files' own splits are used or, where one is lacking, the rule `ratio`; `rule` is then the one in use. That
+    one keeps near duplicates where they are more than MAX_LEFT_OUT of what it draws.
     """
 
     def __init__(self, folder: Path, images: Path, rule: SplitRule | None) -> None:
@@ -31,6 +36,7 @@ class Divider:
         self.problems: list[Problem] = []
         self.digests: dict[str, str | None] = {}
         self.num_excluded: dict[str, int] = {}
+        self._is_choosing = rule is None
 
     def __call__(self, listed: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Return the names of each of the three splits; what is left out is among the `problems`."""
@@ -94,18 +100,28 @@ class Divider:
     def _repetitions(self, split_of: Mapping[str, str], fixed: Mapping[str, str]) -> dict[str, str]:
         """Return picture -> what it nearly repeats in another split, of those that are left out for that."""
         drawn = [name for split in reversed(SPLITS) for name in split_of if split_of[name] == split]
-        order = [*fixed, *(name for name in drawn if name not in fixed)]
-        found = repetitions(self.images, {name: split_of[name] for name in order}, len(fixed))
+        drawn = [name for name in drawn if name not in fixed]
+        if not drawn:
+            return {}
+        found = repetitions(self.images, {name: split_of[name] for name in (*fixed, *drawn)}, len(fixed))
+        if not found:
+            return {}
+        examples = ", ".join(f"{name} (like {other})" for name, other in [*found.items()][:_NUM_EXAMPLES])
+        advice = (
+            "Frames of a video belong together: `splits: {rule: by-sequence, sequence: ...}` in the card, with an "
+            f"expression such as '{VIDEO}' for their names. Pictures of a camera that does not move all look alike: "
+            "`near_duplicates: keep`"
+        )
+        if self._is_choosing and len(found) > MAX_LEFT_OUT * len(drawn):
+            # Not one picture that was taken twice, but what the dataset is: a person must say.
+            self.rule = SplitRule(rule="ratio", near_duplicates="keep")
+            rule = f"{len(found)} of {len(drawn)} pictures nearly repeat one of another split: {examples}"
+            self._report(rule, f"Kept, so that scores will be too good. {advice}", "warning")
+            return {}
         self.num_excluded = dict(Counter(split_of[name] for name in found))
-        if found:
-            counts = ", ".join(f"{split} {number}" for split, number in self.num_excluded.items())
-            examples = ", ".join(f"{name} (like {other})" for name, other in [*found.items()][:_NUM_EXAMPLES])
-            remedy = (
-                "Left out when prepared. Frames of video are better kept together: `splits: {rule: by-sequence, "
-                "sequence: ...}`; for a camera that does not move say `near_duplicates: keep`"
-            )
-            rule = f"{len(found)} pictures ({counts}) nearly repeat one of another split: {examples}"
-            self._report(rule, remedy, "warning")
+        counts = ", ".join(f"{split} {number}" for split, number in self.num_excluded.items())
+        rule = f"{len(found)} pictures ({counts}) nearly repeat one of another split: {examples}"
+        self._report(rule, f"Left out when prepared. {advice}", "warning")
         return found
 
     def _groups(self, names: Sequence[str], rule: SplitRule) -> dict[str, str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.dividing import UNASSIGNED, Divider, digests
+from data.dividing import UNASSIGNED, VIDEO, Divider, digests
 from data.records import SPLITS
 from data.splits import Shares, SplitRule, assign
 
@@ -201,6 +202,12 @@ def test_near_duplicates_of_another_split_are_left_out_and_none_moves(tmp_path: 
     (problem,) = [problem for problem in divide.problems if "nearly repeat" in problem.rule]
     assert problem.severity == "warning"
     assert problem.rule.startswith(f"{60 - len(found)} pictures (")
+    chosen = divider(tmp_path, None)
+    assert {name: split for split, part in chosen({UNASSIGNED: names}).items() for name in part} == draw
+    assert chosen.rule == SplitRule(rule="ratio", near_duplicates="keep"), "too many to decide that for a person"
+    (problem,) = chosen.problems
+    assert " of 60 pictures nearly repeat one of another split: " in problem.rule
+    assert problem.remedy.startswith("Kept, so that scores will be too good. Frames of a video belong together")
     kept = divider(tmp_path, SplitRule(rule="ratio", near_duplicates="keep"))
     assert {name: split for split, part in kept({UNASSIGNED: names}).items() for name in part} == draw
     assert kept.problems == []
@@ -221,3 +228,35 @@ def test_what_the_files_or_the_card_say_is_never_left_out(tmp_path: Path, paint:
     assert found["val"] == ["b.png"]
     assert found["test"] == []
     assert sorted(found["train"]) == ["a.png"], "what is like b, which is pinned to val, goes"
+
+
+@pytest.mark.parametrize(
+    ("name", "video"),
+    [
+        ("DJI-00760-00002.jpg", "DJI-00760"),
+        ("DJI_0005-0018.jpg", "DJI_0005"),
+        ("M0101/img000001.jpg", "M0101/img"),
+        ("7.png", ""),
+    ],
+)
+def test_the_expression_that_is_proposed_for_videos(name: str, video: str) -> None:
+    match = re.match(VIDEO, name)
+    assert match is not None
+    assert match[1] == video
+
+
+def test_one_that_was_taken_twice_is_left_out_without_being_asked(tmp_path: Path, paint: Paint) -> None:
+    names = [paint(tmp_path / f"{number}.png").name for number in range(200)]
+    pixels = cv2.imread(str(tmp_path / names[0]))
+    twins = []
+    for number in range(8):
+        pixels[0, number] = 255 - pixels[0, number]
+        twins.append(f"twin{number}.png")
+        assert cv2.imwrite(str(tmp_path / twins[-1]), pixels)
+    divide = divider(tmp_path, None)
+    found = divide({UNASSIGNED: [*names, *twins]})
+    assert divide.rule == SplitRule(rule="ratio")
+    left = {name: split for split, part in found.items() for name in part}
+    assert len({left[name] for name in (names[0], *twins) if name in left}) == 1
+    assert 0 < sum(divide.num_excluded.values()) < 9
+    assert {*names[1:]} <= {*left}
