@@ -1,4 +1,13 @@
-"""Where a COCO folder keeps its files: our own layout, the one of COCO's downloads, and that of export tools."""
+"""Where a COCO folder keeps its files: our own layout, the one of COCO's downloads, and that of export tools.
+
+By split, these are known:
+
+- `annotations/train.json` or `instances_train2017.json`, with pictures in `train2017/`, `train/` or right in `images/`,
+  the first two below `images/` if there is such a folder,
+- `train/_annotations.coco.json` beside its pictures.
+
+`valid` and `validation` mean val. Other annotation files, such as those of captions, are not looked at.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +50,7 @@ def annotation_file(folder: Path, split: str) -> Path:
 
 
 def find_layout(folder: Path) -> CocoLayout:
-    """Look for annotation files; `files` is empty where there is none. By split, these are known:
-
-    - `annotations/train.json` or `instances_train2017.json`, with pictures in `train2017/`, `train/` or right in
-      `images/`, the first two below `images/` if there is such a folder,
-    - `train/_annotations.coco.json` beside its pictures; `valid` and `validation` mean val.
-    """
+    """Look for annotation files and the folders of their pictures; `files` is empty where there are none."""
     images = folder / IMAGES if (folder / IMAGES).is_dir() else folder
     files: dict[str, list[CocoFile]] = {}
     for path in sorted((folder / ANNOTATIONS).glob("*.json")):

@@ -150,6 +150,8 @@ def _register(client: MlflowClient, result: RunResult, run_id: str, training: st
             tags={
                 "speck.architecture": spec.architecture.name,
                 "speck.dataset_version": spec.dataset.version,
+                "speck.data_licence": spec.dataset.card.licence,
+                "speck.data_sources": "; ".join(spec.dataset.card.sources),
                 TRAINING: training,
             },
             scores=scores,

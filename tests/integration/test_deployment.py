@@ -18,6 +18,7 @@ import yaml
 from chaos.processes import MARK, left_after, marked, new_mark, wait_until
 from services.prefect_server import PrefectService, prefect_service, process_worker
 
+from data.report import HTML, JSON, LOCK, report_folder
 from data.versioning import current_version
 from tracking.client import connect
 from tracking.registry import champion
@@ -67,13 +68,16 @@ class Deployed:
         wait_until(lambda: self.state(run_id)["type"] in FINAL, RUN_S, f"the end of flow run {run_id}", every_s=0.5)
         return self.state(run_id)
 
-    def artifact(self, run_id: str, key: str) -> list[list[str]]:
-        """The cells of the Markdown table that the flow run left behind under `key`."""
+    def artifact(self, run_id: str, key: str) -> list[str]:
+        """The lines of the Markdown that the flow run left behind under `key`."""
         wanted = {"key": {"any_": [key]}, "flow_run_id": {"any_": [run_id]}}
         (found,) = self.service.request("/artifacts/filter", {"artifacts": wanted})
-        return [
-            [cell.strip() for cell in line.strip("|").split("|")] for line in found["data"].splitlines() if "|" in line
-        ]
+        return [str(line) for line in found["data"].splitlines()]
+
+    def table(self, run_id: str, key: str) -> list[list[str]]:
+        """The cells of the table in it."""
+        lines = self.artifact(run_id, key)
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
 
 
 def copy_checkout(repo: Path) -> None:
@@ -159,10 +163,27 @@ def test_the_run_is_in_mlflow_and_holds_the_alias(deployed: Deployed, finished: 
     assert parent.data.tags[f"speck.cell.{finished.result.run_key}"] == holder.run_id
 
 
+def test_the_report_of_the_data_lies_in_mlflow_and_prefect(deployed: Deployed, finished: Finished) -> None:
+    client = connect(f"sqlite:///{deployed.home / 'mlflow.db'}")
+    dataset = finished.result.spec.dataset
+    holder = champion(client, dataset.name)
+    assert holder is not None
+    parent = client.get_run(holder.run_id).data.tags["mlflow.parentRunId"]
+    folder = report_folder(dataset.name, dataset.version, deployed.repo)
+    for name in (HTML, JSON, LOCK):
+        kept = Path(client.download_artifacts(parent, f"data/{dataset.name}/{name}"))
+        assert kept.read_bytes() == (folder / name).read_bytes()
+    report = json.loads((folder / JSON).read_bytes())
+    assert report["version"] == dataset.version
+    assert report["splits"]["train"]["num_images"] > 0
+    shown = deployed.artifact(finished.run_id, f"data-{dataset.name}")
+    assert f"- version {dataset.version}" in shown
+
+
 def test_prefect_shows_plan_and_leaderboard(deployed: Deployed, finished: Finished) -> None:
-    plan = deployed.artifact(finished.run_id, "plan")
+    plan = deployed.table(finished.run_id, "plan")
     assert [line[:2] for line in plan[2:]] == [["yolox-nano / sample-aerial / seed 0", "train"]]
-    header, _, row = deployed.artifact(finished.run_id, "leaderboard")
+    header, _, row = deployed.table(finished.run_id, "leaderboard")
     shown = dict(zip(header, row, strict=True))
     scores = finished.result.scores
     expected = {"val AP": scores["val"].metrics["coco/AP"], "test AP": scores["test"].metrics["coco/AP"]}
@@ -187,7 +208,7 @@ def test_a_run_started_meanwhile_is_cancelled(finished: Finished) -> None:
 def test_the_same_run_again_trains_nothing(deployed: Deployed, finished: Finished) -> None:
     run_id = deployed.start(changes=SMALL, **CELL)
     assert deployed.end(run_id)["type"] == "COMPLETED"
-    assert [line[1] for line in deployed.artifact(run_id, "plan")[2:]] == ["cached"]
+    assert [line[1] for line in deployed.table(run_id, "plan")[2:]] == ["cached"]
     assert read_result(deployed.home / "runs" / finished.result.run_key) == finished.result
 
 

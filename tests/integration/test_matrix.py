@@ -204,6 +204,7 @@ def test_changed_code_makes_cells_stale_and_retrains_them_when_asked(matrix: Mat
     runs = matrix.mlflow_runs().values()
     assert sorted("speck.superseded_by" in run.data.tags for run in runs) == [False, True]
     versions = matrix.mlflow.search_model_versions("name = 'sample-aerial'")
+    assert {version.tags["speck.data_licence"] for version in versions} == {"CC0-1.0"}
     reasons = {version.version: version.tags["speck.reason"] for version in versions}
     assert reasons.keys() == {1, 2}
     assert f"champion {row['run_key']}'s" in reasons[2], "the new training was compared with the old one"
