@@ -28,6 +28,7 @@ FORMATS: tuple[str, ...] = ("auto", *READERS)
 SCHEME = "s3://"
 # data/raw/.gitignore lets these in.
 _RESERVED = "sample-"
+_UNKNOWN = "unknown"
 
 
 class DatasetExists(ValueError):
@@ -79,7 +80,7 @@ def register(
             labels, classes = _labels(format, folder, known)
             facts = {
                 "description": description or f"Imported from {Path(path).name}.",
-                "licence": "unknown",
+                "licence": _UNKNOWN,
                 "protocol": protocol,
                 "ignore_rule": ignore_rule,
                 "splits": labels.divider.rule,
@@ -94,7 +95,7 @@ def register(
                 raise InvalidCard("\n".join(f"dataset {name!r}: {fault}" for fault in faults(error))) from error
             _place(card, folder, repo, copy=copy, is_ours=folder != Path(path))
     notes = [f"{format}: {reason}"] if reason else []
-    return Imported(card, notes + _notes(name, labels, known))
+    return Imported(card, notes + _notes(card, labels, known))
 
 
 def recognise(folder: Path) -> tuple[Format, str]:
@@ -133,7 +134,7 @@ def _labels(format: str, folder: Path, known: KnownCard | None) -> tuple[Labels,
     return labels, classes
 
 
-def _notes(name: str, labels: Labels, known: KnownCard | None) -> list[str]:
+def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None) -> list[str]:
     counts = {split: count(content) for split, content in labels.splits.items()}
     notes = [", ".join(f"{split} {found.images} images with {found.boxes} boxes" for split, found in counts.items())]
     rule = labels.divider.rule
@@ -141,9 +142,11 @@ def _notes(name: str, labels: Labels, known: KnownCard | None) -> list[str]:
         notes.append(f"splits: by the rule {rule.rule!r} where the files do not say; change it in the card")
     notes += [str(problem) for problem in labels.divider.problems]
     if labels.problems:
-        notes.append(f"{len(labels.problems)} warnings about labels; see speck data check {name}")
+        notes.append(f"{len(labels.problems)} warnings about labels; see speck data check {card.name}")
+    if card.licence == _UNKNOWN:
+        notes.append("licence: unknown; write it into the card, for it goes with every model")
     if known is not None:
-        notes.append(f"{name} is known: its card comes from data/known/{name}.yaml")
+        notes.append(f"{card.name} is known: its card comes from data/known/{card.name}.yaml")
         notes += [f"warning: not as published: {difference}" for difference in differences(known, labels.splits)]
     return notes
 

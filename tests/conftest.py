@@ -13,9 +13,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data.card import DatasetCard
 from training.spec import ArchitectureSpec, ComputeSpec, DatasetSpec, RunSpec, ScoringSpec, TrainingSpec
+
+# A machine that is busy elsewhere makes an example slow, and no test may fail for that.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 SIDE_PX = 64
 NUM_IMAGES = {"train": 24, "val": 8, "test": 8}

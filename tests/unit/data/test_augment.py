@@ -29,7 +29,7 @@ from data.augment import (
 S = 64
 SEEDS = st.integers(0, 2**31)
 SIDES = st.integers(1, 3 * S)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 
 
 def _picture(seed: int, height: int = S, width: int = S, num_boxes: int = 5) -> Picture:
@@ -130,7 +130,7 @@ def test_warped_boxes_stay_inside_with_their_labels(seed: int, height: int, widt
         assert (box[2:] >= np.where(inside, moved, -np.inf).max(axis=0) - 1e-3).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(SEEDS, st.integers(6, 40), st.integers(6, 40))
 def test_warped_boxes_lie_on_their_pixels(seed: int, height: int, width: int) -> None:
     """A painted block, found again: inside its box and its ignore region, and touching all their sides if uncut."""

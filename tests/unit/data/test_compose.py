@@ -13,7 +13,7 @@ from data.compose import MAX_PASTED, SMALL_AREA_PX, compose, copy_paste, mixup, 
 
 S = 64
 SEEDS = st.integers(0, 2**31)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 NOTHING = AugmentConfig(mosaic_probability=0, flip_probability=0, hue_gain=0, saturation_gain=0, value_gain=0)
 
 
@@ -51,7 +51,7 @@ def test_mosaic_boxes_stay_inside_and_labels_follow(seed: int, height: int, widt
     assert joined.boxes_xyxy_px.dtype == joined.ignore_xyxy_px.dtype == np.float32
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(SEEDS, st.integers(4, 40), st.integers(4, 40))
 def test_mosaic_boxes_lie_on_their_pixels(seed: int, height: int, width: int) -> None:
     """One blue block in black tiles: where it shows, the box is its extent; where too little shows, there is none."""
@@ -194,7 +194,7 @@ def test_how_many_pictures_go_into_one(changes: dict[str, float], num_read: set[
     assert seen == num_read
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(SEEDS, st.booleans())
 def test_any_mixture_keeps_boxes_inside_and_repeats_itself(seed: int, joins: bool) -> None:
     rng = np.random.default_rng(seed)

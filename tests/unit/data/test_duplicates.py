@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.duplicates import MAX_DISTANCE, Duplicates, near_duplicate_problems, near_duplicates, neighbours
@@ -49,7 +49,6 @@ def pairs(codes: Any) -> set[tuple[int, int]]:
     return {(row, other) for row, near in neighbours(np.array(codes, np.uint64)) for other in near.tolist()}
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=6), st.data())
 def test_neighbours_are_those_of_brute_force(seeds: list[int], data: st.DataObject) -> None:
     """Around each seed lie codes at every distance near the limit: at random none would be near another."""

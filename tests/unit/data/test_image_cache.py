@@ -74,7 +74,7 @@ def test_a_later_run_finds_what_an_earlier_one_left(tmp_path: Path) -> None:
         np.testing.assert_array_equal(again.get(index), picture)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_one_flipped_bit_hides_one_picture_until_it_is_put_again(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -173,7 +173,6 @@ def test_tiles_of_jpegs_are_jpegs_and_one_tile_keeps_its_file(tmp_path: Path) ->
     assert (counts["num_pictures"], counts["num_tiles"]) == (2, 5)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(1, 99), st.integers(1, 99)), max_size=6))
 def test_every_object_is_accounted_for(tmp_path_factory: pytest.TempPathFactory, corners: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("tiles")

@@ -160,7 +160,7 @@ def test_only_the_pictures_and_boxes_make_the_bytes(make_voc_repo: Make, tmp_pat
 corner = st.integers(-5, 66)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(corner, corner, corner, corner), max_size=6))
 def test_boxes_cover_the_pixels_they_name(corners: list[tuple[int, int, int, int]]) -> None:
     """The oracle paints every pixel whose 1-based column and row lie in the box, both ends included."""

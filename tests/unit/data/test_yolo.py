@@ -187,7 +187,7 @@ def test_boxes_that_stick_out_have_no_area_or_come_twice(folder: Path) -> None:
 share = st.integers(0, 64).map(lambda value: value / 64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(share, share, share, share), max_size=5, unique=True))
 def test_boxes_cover_the_pixels_they_name(
     tmp_path_factory: pytest.TempPathFactory, boxes: list[tuple[float, ...]]

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.decode import UndecodableImage
@@ -108,7 +108,6 @@ def scenes(draw: st.DrawFn) -> tuple[TileGrid, int, int, list[list[int]]]:
     return grid, width, height, objects
 
 
-@settings(deadline=None)
 @given(scenes(), st.randoms(use_true_random=False))
 def test_objects_come_back_exactly_from_their_parts_in_all_tiles(scene: Any, random: Any) -> None:
     """A detector that marks every visible part of every object, at any score: none is lost, doubled or deformed."""
@@ -128,7 +127,6 @@ def test_objects_come_back_exactly_from_their_parts_in_all_tiles(scene: Any, ran
     assert scores == sorted(scores, reverse=True)
 
 
-@settings(deadline=None)
 @given(scenes(), st.integers(0, 60), st.randoms(use_true_random=False))
 def test_nothing_disappears_uncounted(scene: Any, count: int, random: Any) -> None:
     grid, width, height, _ = scene
