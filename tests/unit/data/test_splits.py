@@ -213,9 +213,10 @@ def test_near_duplicates_of_another_split_are_left_out_and_none_moves(tmp_path: 
     assert kept.problems == []
 
 
-def test_what_the_files_or_the_card_say_is_never_left_out(tmp_path: Path, paint: Paint) -> None:
+def test_what_the_files_or_the_card_say_is_never_left_out(tmp_path: Path) -> None:
     """Copies that differ in one pixel: the listed one and the pinned one stay, though they are alike."""
-    original = cv2.imread(str(paint(tmp_path / "a.png", 64, 64)))
+    original = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "a.png"), original)
     for number, name in enumerate("bcdefghij"):
         copy = original.copy()
         copy[number, 0] = 255 - copy[number, 0]
@@ -245,10 +246,12 @@ def test_the_expression_that_is_proposed_for_videos(name: str, video: str) -> No
     assert match[1] == video
 
 
-def test_one_that_was_taken_twice_is_left_out_without_being_asked(tmp_path: Path, paint: Paint) -> None:
-    names = [paint(tmp_path / f"{number}.png").name for number in range(200)]
+def test_one_that_was_taken_twice_is_left_out_without_being_asked(tmp_path: Path) -> None:
+    names, twins = [f"{number}.png" for number in range(200)], []
+    for number, name in enumerate(names):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
+        assert cv2.imwrite(str(tmp_path / name), noise)
     pixels = cv2.imread(str(tmp_path / names[0]))
-    twins = []
     for number in range(8):
         pixels[0, number] = 255 - pixels[0, number]
         twins.append(f"twin{number}.png")
