@@ -249,8 +249,8 @@ def test_the_expression_that_is_proposed_for_videos(name: str, video: str) -> No
 def test_one_that_was_taken_twice_is_left_out_without_being_asked(tmp_path: Path) -> None:
     names, twins = [f"{number}.png" for number in range(200)], []
     for number, name in enumerate(names):
-        noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
-        assert cv2.imwrite(str(tmp_path / name), noise)
+        coarse = np.random.default_rng(number).integers(0, 256, (8, 12, 3), np.uint8)
+        assert cv2.imwrite(str(tmp_path / name), cv2.resize(coarse, (60, 40), interpolation=cv2.INTER_CUBIC))
     pixels = cv2.imread(str(tmp_path / names[0]))
     for number in range(8):
         pixels[0, number] = 255 - pixels[0, number]
