@@ -93,6 +93,13 @@ def tree(repo: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def is_one_with_the_cache(repo: Path) -> bool:
+    """Whether each prepared file is another name of an object in DVC's cache."""
+    objects = {path.stat().st_ino for path in cache_folder(repo).glob("files/md5/*/*")}
+    paths = [path for path in (repo / "data/processed/tiny").rglob("*") if path.is_file()]
+    return {path.stat().st_ino for path in paths} <= objects and bool(paths)
+
+
 def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -> None:
     version = prepare(repo, "a", "b", "c")
     assert remote_states({"tiny": version}, repo) == ({"tiny": "no remote"}, "")
@@ -106,6 +113,7 @@ def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -
     assert push("tiny", repo) == version
     assert remote_states({"tiny": version}, repo) == ({"tiny": "in the remote"}, "")
     before, lock = tree(repo), (repo / "dvc.lock").read_bytes()
+    assert is_one_with_the_cache(repo), "DVC links, it does not copy"
     fresh_clone(repo)
     dvc(repo, "remote", "modify", "storage", "url", str(tmp_path / "empty"))
     with pytest.raises(PushFailed, match="Prepare it: `dvc repro prepare@tiny`"):
@@ -113,6 +121,7 @@ def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -
     dvc(repo, "remote", "modify", "storage", "url", str(tmp_path / "remote"))
     assert pull("tiny", repo) == version
     assert tree(repo) == before
+    assert is_one_with_the_cache(repo)
     assert yaml.safe_load((repo / "dvc.lock").read_bytes()) == yaml.safe_load(lock)
     assert not version_dataset("tiny", repo).regenerated, "DVC finds nothing to do"
     for path in (tmp_path / "remote/files/md5").rglob("*"):
