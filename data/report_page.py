@@ -58,7 +58,7 @@ def _split_table(splits: Mapping[str, SplitStatistics]) -> str:
         "ignored share of all pixels": lambda split: f"{split.ignored_area_share:.2%}",
         "boxes clipped to their image": lambda split: f"{split.num_boxes_clipped:,}",
         "boxes left out": lambda split: f"{split.num_boxes_excluded:,}",
-        "images left out, near duplicates of another split": lambda split: f"{split.num_images_excluded:,}",
+        "near duplicates left out": lambda split: f"{split.num_images_excluded:,}",
         "image sizes": lambda split: _sizes_named(split.image_sizes),
     }
     body = ((name, *(value(split) for split in splits.values())) for name, value in rows.items())

@@ -151,7 +151,7 @@ def _register(client: MlflowClient, result: RunResult, run_id: str, training: st
                 "speck.architecture": spec.architecture.name,
                 "speck.dataset_version": spec.dataset.version,
                 "speck.data_licence": spec.dataset.card.licence,
-                "speck.data_sources": "; ".join(spec.dataset.card.sources),
+                "speck.data_sources": "; ".join(spec.dataset.card.sources) or spec.dataset.card.source,
                 TRAINING: training,
             },
             scores=scores,
