@@ -23,8 +23,9 @@ contrast 0.7, gamma 0.8, noise of 5 grey levels and more), one copy is missed, w
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.images import threads
+from data.headers import read_header
+from data.images import leads_out, threads
+from data.label_files import UnreadableFile
 from data.problems import Problem
 from data.records import Split
 
@@ -120,15 +123,15 @@ def repetitions(images: Path, split_of: Mapping[str, str], num_kept: int) -> dic
     names = list(split_of)
     rows, codes, thumbnails = _textured(_looks(images, names))
     splits = np.array([split_of[names[row]] for row in rows], np.str_)
-    is_kept = rows < num_kept
+    can_go = rows >= num_kept
+    has_gone = np.zeros(len(rows), np.bool_)
     found: dict[str, str] = {}
-    for here, near in neighbours(codes):
-        if names[rows[here]] in found:
-            continue
-        near = near[(splits[near] != splits[here]) & ~is_kept[near]]  # noqa: PLW2901
+    for here, near in neighbours(codes, lambda row: bool(has_gone[row])):
+        near = near[(splits[near] != splits[here]) & can_go[near] & ~has_gone[near]]  # noqa: PLW2901
         correlations = thumbnails[near].astype(np.float32) @ thumbnails[here].astype(np.float32)
-        for other in near[correlations >= MIN_CORRELATION].tolist():
-            found.setdefault(names[rows[other]], names[rows[here]])
+        gone = near[correlations >= MIN_CORRELATION]
+        has_gone[gone] = True
+        found |= {names[row]: names[rows[here]] for row in rows[gone].tolist()}
     return found
 
 
@@ -156,29 +159,37 @@ def near_duplicate_problems(images: Path, splits: Mapping[str, Split]) -> list[P
     return problems
 
 
-def neighbours(codes: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def neighbours(
+    codes: NDArray[np.uint64], is_done: Callable[[int], bool] = lambda _: False
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield for each code, by index, the later ones within MAX_DISTANCE bits: all of them, by multi-index hashing.
 
     Of 7 differing bits at most one falls into some quarter of the 64. So whoever is near has, in one quarter, the same
-    16 bits or 16 bits that differ in one: 4 x 17 places to look, in lists sorted by each quarter.
+    16 bits or 16 bits that differ in one: 4 x 17 places to look, in lists sorted by each quarter. A code that `is_done`
+    when its turn comes is left out.
     """
     bands = [(codes >> np.uint64(16 * band)) & np.uint64(0xFFFF) for band in range(_BANDS)]
     orders = [np.argsort(keys, kind="stable") for keys in bands]
     sorted_keys = [keys[order] for keys, order in zip(bands, orders, strict=True)]
+    # For pictures that are all alike sorting the places found, to see each once, would take most of the time.
+    is_found = np.zeros(len(codes), np.bool_)
     for row in range(len(codes)):
-        found = []
+        if is_done(row):
+            continue
+        is_found[row:] = False
         for keys, order, ranked in zip(bands, orders, sorted_keys, strict=True):
             probes = keys[row] ^ _PROBES
             starts, stops = np.searchsorted(ranked, probes, "left"), np.searchsorted(ranked, probes, "right")
-            found += [order[start:stop] for start, stop in zip(starts, stops, strict=True) if start < stop]
-        candidates = np.unique(np.concatenate(found))
-        candidates = candidates[candidates > row]
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                is_found[order[start:stop]] = True
+        candidates = row + 1 + np.flatnonzero(is_found[row + 1 :])
         yield row, candidates[np.bitwise_count(codes[candidates] ^ codes[row]) <= MAX_DISTANCE]
 
 
 def _looks(images: Path, file_names: Sequence[str]) -> list[_Look | None]:
+    root = Path(os.path.realpath(images))
     with threads() as pool:
-        return list(pool.map(lambda name: _look(images / name), file_names))
+        return list(pool.map(lambda name: None if leads_out(images / name, root) else _look(images / name), file_names))
 
 
 def _textured(
@@ -197,11 +208,12 @@ def _textured(
 def _look(path: Path) -> _Look | None:
     """Return what is compared of a picture, or None where it cannot be read, which other checks report."""
     try:
-        # Opening a pipe waits for somebody to write into it.
-        encoded = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
-    except OSError:
+        # First, for it refuses what must not be read as a whole: bombs, pipes, files of gigabytes.
+        read_header(path)
+        encoded = np.fromfile(path, np.uint8)
+        grey = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    except (OSError, UnreadableFile, cv2.error):
         return None
-    grey = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
     if grey is None:
         return None
     sha256 = hashlib.sha256(encoded.tobytes()).hexdigest()

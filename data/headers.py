@@ -18,6 +18,8 @@ SUFFIXES = {
 }  # fmt: skip
 # 13,377 px square, 537 MB when decoded: more than aerial cameras have, less than fills a machine.
 MAX_PIXELS = 2 * 89_478_485
+# Twice what a picture of that size takes without compression; decoders fail at 2 GiB.
+MAX_BYTES = 2**30
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _EXIF_PREFIX = b"Exif\0\0"
 
@@ -53,7 +55,7 @@ def read_header(path: Path) -> Header:
     Raises:
         FileNotFoundError: there is no such file.
         UnreadableFile: it is not a regular file, is empty, of no type among FORMATS, damaged, or has more than
-            MAX_PIXELS pixels.
+            MAX_PIXELS pixels or MAX_BYTES.
     """
     try:
         status = path.stat()
@@ -66,6 +68,8 @@ def read_header(path: Path) -> Header:
         raise UnreadableFile("not a regular file")
     if status.st_size == 0:
         raise UnreadableFile("the file is empty (0 bytes)")
+    if status.st_size > MAX_BYTES:
+        raise UnreadableFile(f"the file has {status.st_size} bytes, more than {MAX_BYTES}")
     try:
         with Image.open(path, formats=FORMATS) as image:
             header = _header(image)

@@ -31,8 +31,8 @@ def threads() -> ThreadPoolExecutor:
 
 
 def leads_out(path: Path, root: Path) -> bool:
-    """Whether a file is a link to something outside `root`, a path without links; nothing is opened."""
-    return os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root)
+    """Whether a file lies outside `root`, a path without links, by a link of its own or of a folder above it."""
+    return not Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def _problems(root: Path, path: Path, record: ImageRecord) -> list[Problem]:
