@@ -7,7 +7,7 @@ from pathlib import Path
 from data.card import load_card
 from data.duplicates import near_duplicate_problems
 from data.problems import Problem
-from data.reading import READERS, read_raw
+from data.reading import PREPARED, READERS, read_raw
 from data.splits import SplitRule
 
 
@@ -35,6 +35,6 @@ def check(name: str, repo: Path) -> list[Problem]:
         found = read_raw(card.format, raw, card.classes, card.splits)
         problems += found.problems + near_duplicate_problems(found.images, found.splits)
     if prepared.is_dir():
-        found = read_raw("coco", prepared, card.classes, SplitRule())
+        found = read_raw(PREPARED, prepared, card.classes, SplitRule())
         problems += [problem for problem in found.problems if problem.severity == "error"]
     return problems

@@ -7,12 +7,12 @@ right nor wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr
 from typing import Any
 
-from data.coco_layout import ANNOTATIONS, EXPORTED, IMAGES, CocoFile, below, find_layout, folder_of
+from data.coco_layout import ANNOTATIONS, EXPORTED, IMAGES, CocoFile, CocoLayout, below, find_layout, folder_of
 from data.dividing import Divider
 from data.label_files import UnreadableFile, is_safe_name, read_bytes
 from data.pictures import MAX_SIDE_PX
@@ -30,13 +30,15 @@ _LOOKED_FOR = (
 def recognise(folder: Path) -> tuple[bool, str]:
     """Whether a folder is in a layout of COCO, and what was found or missed."""
     files = find_layout(folder).files
-    if not files:
+    if not any(file.folders for found in files.values() for file in found):
         return False, f"found no {_LOOKED_FOR}"
     shown = ", ".join(file.path.relative_to(folder).as_posix() for found in files.values() for file in found)
     return True, f"found {shown}"
 
 
-def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str, Split]:
+def read_coco(
+    folder: Path, classes: Sequence[str], divide: Divider, find: Callable[[Path], CocoLayout] = find_layout
+) -> dict[str, Split]:
     """Read the annotation files that a folder has; a picture in two of them is an error of the later one.
 
     Every fault becomes a `Problem`, nothing is raised. Boxes are clipped to their image; those without area inside it,
@@ -45,17 +47,20 @@ def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str
     splits: dict[str, Split] = {split: Split() for split in SPLITS}
     readers: dict[str, _Reader] = {}
     owner: dict[str, str] = {}
-    layout = find_layout(folder)
+    layout = find(folder)
     for split, (file, *others) in layout.files.items():
-        readers[split] = reader = _Reader(file, layout.images, classes, splits[split])
+        content = splits.get(split, splits["train"])
+        readers[split] = reader = _Reader(file, layout.images, classes, content)
         reader.read_images()
         for other in others:
-            splits[split].report(other.path, f"{file.path.name} is for split {split!r} too", "Keep one of them")
+            content.report(other.path, f"{file.path.name} is for split {split!r} too", "Keep one of them")
+        if not file.folders:
+            content.report(file.path, "the folder of its pictures is missing", "Provide it, or remove this file")
         for image in reader.images.values():
             first = owner.setdefault(image.file_name, split)
             if first != split:
                 rule = f"file_name {image.file_name!r} is in split {first!r} too, so a score would not be a fair one"
-                splits[split].report(file.path, rule, "Keep it in one split")
+                content.report(file.path, rule, "Keep it in one split")
     listed = {split: [image.file_name for image in reader.images.values()] for split, reader in readers.items()}
     divided = divide(listed)
     split_of = {name: splits[split] for split, names in divided.items() for name in names}
@@ -64,9 +69,9 @@ def read_coco(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str
     return splits
 
 
-def class_names(folder: Path) -> tuple[str, ...]:
+def class_names(folder: Path, find: Callable[[Path], CocoLayout] = find_layout) -> tuple[str, ...]:
     """Category names by ascending id; ImportRefused when the files lack sound `categories`, or differ in them."""
-    layout = find_layout(folder)
+    layout = find(folder)
     files = [file for found in layout.files.values() for file in found]
     if not files:
         rule = f"a COCO folder holds {_LOOKED_FOR}"

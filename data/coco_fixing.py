@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.coco import is_int, is_side, is_xywh
-from data.coco_layout import CocoFile, below, folder_of
+from data.coco_layout import CocoFile, above, below, folder_of
 from data.importing import write_whole
 from data.label_files import UnreadableFile, read_bytes
 from data.records import XYWH, clip_xywh
@@ -39,7 +39,7 @@ def fix_coco(file: CocoFile, images: Path, renamed: Mapping[str, str], *, write:
     for image in named:
         new = renamed.get(below(folder, image["file_name"]))
         if new is not None:
-            image["file_name"] = new.removeprefix(below(folder, ""))
+            image["file_name"] = above(folder, new)
     if write and (counts or renamed):
         write_whole(file.path, json.dumps(document))
     return counts

@@ -14,10 +14,15 @@ from data.label_files import UnreadableFile
 from data.problems import Problem
 from data.records import ImageRecord
 
+INSTEAD_OF_A_LINK = "Put the file in its place; `speck data import --copy` does"
 
-def image_problems(images: Path, records: Sequence[ImageRecord]) -> list[Problem]:
-    """Decode the file of every record, several at a time; return the problems in the records' order."""
-    root = Path(os.path.realpath(images))
+
+def image_problems(images: Path, records: Sequence[ImageRecord], *, is_foreign: bool = True) -> list[Problem]:
+    """Decode the file of every record, several at a time; return the problems in the records' order.
+
+    Links out of a folder that `is_foreign` are problems, not followed.
+    """
+    root = Path(os.path.realpath(images)) if is_foreign else None
     with warnings.catch_warnings(), threads() as pool:
         # What matters of it becomes a problem.
         warnings.filterwarnings("ignore", module="PIL")
@@ -31,15 +36,15 @@ def threads() -> ThreadPoolExecutor:
 
 
 def leads_out(path: Path, root: Path) -> bool:
-    """Whether a file lies outside `root`, a path without links, by a link of its own or of a folder above it."""
-    return not Path(os.path.realpath(path)).is_relative_to(root)
+    """Whether a file is a link to something outside `root`, a path without links; nothing is opened."""
+    return os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root)
 
 
-def _problems(root: Path, path: Path, record: ImageRecord) -> list[Problem]:
+def _problems(root: Path | None, path: Path, record: ImageRecord) -> list[Problem]:
     """Return what is wrong with one file. The header is read first, so that a decompression bomb is never decoded."""
-    if leads_out(path, root):
+    if root is not None and leads_out(path, root):
         rule = "a link that leads out of the folder of images is not followed"
-        return [Problem(path, None, rule, "Put the file in its place; `speck data import --copy` does")]
+        return [Problem(path, None, rule, INSTEAD_OF_A_LINK)]
     try:
         header = read_header(path)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from data.archives import SUFFIXES, is_archive, unpack
 from data.card import NAME_PATTERN, DatasetCard, InvalidCard, faults
 from data.known_cards import KnownCard, count, differences, find_known
-from data.pictures import is_hidden
+from data.pictures import is_hidden, link_problems
 from data.problems import ImportRefused, listing
 from data.reading import READERS, Labels, read_labels
 
@@ -29,6 +29,8 @@ SCHEME = "s3://"
 # data/raw/.gitignore lets these in.
 _RESERVED = "sample-"
 _UNKNOWN = "unknown"
+# Formats of benchmarks that have ignore regions and a protocol of the same name.
+_OWN_PROTOCOLS = ("visdrone", "uavdt")
 
 
 class DatasetExists(ValueError):
@@ -51,15 +53,16 @@ def register(
     licence: str | None = None,
     copy: bool = False,
     description: str = "",
-    protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] = "coco",
-    ignore_rule: Literal["none", "covered-half"] = "none",
+    protocol: Literal["coco", "voc", "visdrone", "uavdt", "aitod"] | None = None,
+    ignore_rule: Literal["none", "covered-half"] | None = None,
 ) -> Imported:
     """Register raw data where it lies, or as a copy of our own; a failure leaves nothing behind.
 
     `path` is a folder, a .zip or .tar archive, or `s3://bucket/prefix`, of which a copy is made in any case. `auto` is
     the one format whose layout the folder has. Where something is known of a dataset of this name (data/known), that
     holds, but for a licence that is given, and its expected counts are compared. The splits are the files' own, or,
-    where one is lacking, divided by the pictures' content: `splits` of the card.
+    where one is lacking, divided by the pictures' content: `splits` of the card. Without `protocol` it is
+    that of the format, and without `ignore_rule` it is `covered-half` where there are ignore regions.
 
     Raises:
         DatasetExists: a card, raw data or line in params.yaml of that name is there.
@@ -72,17 +75,22 @@ def register(
     locks = repo / ".dvc" / "tmp"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"speck-import-{name}.lock"):
+        _undo_killed(name, repo)
         _refuse_taken(name, repo)
         with _fetched(str(path), repo / "data" / "raw" / f".{name}.partial") as folder:
             _refuse_places(folder, repo)
             format, reason = recognise(folder) if format == "auto" else (format, None)
             known = find_known(name)
+            links = link_problems(folder) if not copy else []
+            if links:
+                raise ImportRefused(f"{str(path)!r}: links that lead out of the folder:\n{listing(links)}")
             labels, classes = _labels(format, folder, known)
+            has_regions = any(image.ignore_xywh_px for split in labels.splits.values() for image in split.images)
             facts = {
                 "description": description or f"Imported from {Path(path).name}.",
                 "licence": _UNKNOWN,
-                "protocol": protocol,
-                "ignore_rule": ignore_rule,
+                "protocol": protocol or (format if format in _OWN_PROTOCOLS else "coco"),
+                "ignore_rule": ignore_rule or ("covered-half" if has_regions or format in _OWN_PROTOCOLS else "none"),
                 "splits": labels.divider.rule,
             }
             facts |= known.model_dump(exclude={"expected"}) if known is not None else {}
@@ -131,7 +139,16 @@ def _labels(format: str, folder: Path, known: KnownCard | None) -> tuple[Labels,
         raise ImportRefused(f"{str(folder)!r}: no picture is in any split:\n{listing(labels.divider.problems)}")
     if not names:
         raise ImportRefused(f"{str(folder)!r}: no annotation file holds an object, so there is no class. Add labels")
+    missing, number = _missing(labels)
+    if len(missing) == number:
+        raise ImportRefused(f"{str(folder)!r}: none of {number} pictures is there, for example {missing[0]}. Add them")
     return labels, classes
+
+
+def _missing(labels: Labels) -> tuple[list[Path], int]:
+    """Return the files of pictures that are not there, and how many pictures there should be."""
+    paths = [labels.divider.images / image.file_name for split in labels.splits.values() for image in split.images]
+    return [path for path in paths if not path.exists()], len(paths)
 
 
 def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None) -> list[str]:
@@ -143,6 +160,16 @@ def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None) -> list[s
     notes += [str(problem) for problem in labels.divider.problems]
     if labels.problems:
         notes.append(f"{len(labels.problems)} warnings about labels; see speck data check {card.name}")
+    images = [image for content in labels.splits.values() for image in content.images]
+    missing, _ = _missing(labels)
+    if missing:
+        notes.append(f"warning: {len(missing)} of {len(images)} pictures are missing, for example {missing[0]}")
+    used = {box.label for image in images for box in image.boxes}
+    unused = [name for label, name in enumerate(card.classes) if label not in used]
+    if unused:
+        notes.append(f"warning: no object is of class {', '.join(unused)}; delete it from the card if it is none")
+    if card.ignore_rule == "covered-half":
+        notes.append("ignore regions: a detection that lies half in them is not scored (ignore_rule in the card)")
     if card.licence == _UNKNOWN:
         notes.append("licence: unknown; write it into the card, for it goes with every model")
     if known is not None:
@@ -185,6 +212,9 @@ def _place(card: DatasetCard, folder: Path, repo: Path, *, copy: bool, is_ours: 
     with FileLock(repo / ".dvc" / "tmp" / "speck-params.lock"), ExitStack() as undo:
         _refuse_taken(card.name, repo)
         updated = _with_dataset(params, card.name)
+        marker = _marker(card.name, repo)
+        undo.callback(remove, marker)
+        marker.touch()
         undo.callback(remove, raw)
         if is_ours:
             folder.rename(raw)
@@ -201,6 +231,22 @@ def _place(card: DatasetCard, folder: Path, repo: Path, *, copy: bool, is_ours: 
         write_whole(card_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
         write_whole(params, updated)
         undo.pop_all()
+        remove(marker)
+
+
+def _marker(name: str, repo: Path) -> Path:
+    """The file that is there while an import puts things into their places."""
+    return repo / "data" / "raw" / f".{name}.importing"
+
+
+def _undo_killed(name: str, repo: Path) -> None:
+    """Remove what an import placed that was killed before the last place, params.yaml."""
+    marker = _marker(name, repo)
+    if marker.exists():
+        if name not in YAML(typ="safe").load((repo / "params.yaml").read_text(encoding="utf-8"))["datasets"]:
+            remove(repo / "data" / "raw" / name)
+            remove(repo / "data" / "catalog" / f"{name}.yaml")
+        remove(marker)
 
 
 def _refuse_name(name: str) -> None:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from data.headers import SUFFIXES as SUFFIXES_BY_FORMAT
 from data.headers import read_header
-from data.images import threads
+from data.images import INSTEAD_OF_A_LINK, leads_out, threads
 from data.label_files import UnreadableFile
+from data.problems import Problem
 
 SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_BY_FORMAT.values() for suffix in suffixes)
 # The longest side a JPEG can have; it also keeps every area finite.
@@ -50,6 +51,18 @@ def is_hidden(name: str) -> bool:
 def is_picture(name: str) -> bool:
     """Whether a file name has the suffix of a picture."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def link_problems(folder: Path) -> list[Problem]:
+    """Return an error for each folder, and each file but pictures, that is a link out of `folder`."""
+    root = Path(os.path.realpath(folder))
+    rule = "a link that leads out of the dataset's folder is not followed"
+    return [
+        Problem(Path(place, name), None, rule, INSTEAD_OF_A_LINK)
+        for place, folders, files in os.walk(root)
+        for name in sorted([*folders, *(name for name in files if not is_picture(name))])
+        if leads_out(Path(place, name), root)
+    ]
 
 
 def sizes(folder: Path, names: Sequence[str]) -> Iterator[Size | UnreadableFile]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from data import coco, uavdt, visdrone, voc, yolo
-from data.coco_layout import find_layout
+from data.coco_layout import IMAGES, find_layout, prepared_layout
 from data.dividing import Divider, digests
 from data.images import image_problems
+from data.pictures import link_problems
 from data.problems import Problem
 from data.records import Split
 from data.splits import SplitRule
@@ -20,13 +22,14 @@ class Reader(NamedTuple):
 
     `recognise`: folder -> whether its layout is this one, and why. `class_names`: folder -> names in its own order;
     ImportRefused when they cannot be told. `read`: (folder, classes, divider) -> records by split. `images`: folder ->
-    the folder that file names are relative to.
+    the folder that file names are relative to. `is_foreign`: links that lead out of the folder are not followed.
     """
 
     recognise: Callable[[Path], tuple[bool, str]]
     class_names: Callable[[Path], tuple[str, ...]]
     read: Callable[[Path, Sequence[str], Divider], dict[str, Split]]
     images: Callable[[Path], Path]
+    is_foreign: bool = True
 
 
 READERS = {
@@ -36,6 +39,15 @@ READERS = {
     "visdrone": Reader(visdrone.recognise, visdrone.class_names, visdrone.read_visdrone, lambda folder: folder),
     "uavdt": Reader(uavdt.recognise, uavdt.class_names, uavdt.read_uavdt, lambda folder: folder),
 }
+# Files of our own making: nothing is looked for, and DVC may have made them links into its cache.
+PREPARED = "prepared"
+_PREPARED_READER = Reader(
+    coco.recognise,
+    partial(coco.class_names, find=prepared_layout),
+    partial(coco.read_coco, find=prepared_layout),
+    lambda folder: folder / IMAGES,
+    is_foreign=False,
+)
 
 
 class RawData(NamedTuple):
@@ -55,17 +67,24 @@ class Labels(NamedTuple):
 
 
 def read_raw(format: str, folder: Path, classes: Sequence[str], rule: SplitRule) -> RawData:
-    """Read labels and pictures in a format of READERS; every fault becomes a `Problem`, nothing is raised."""
+    """Read labels and pictures in a format of READERS, or PREPARED; every fault becomes a `Problem`, none is raised."""
     labels = read_labels(format, folder, classes, rule)
     images = labels.divider.images
-    problems = labels.divider.problems + labels.problems
-    problems += image_problems(images, [record for content in labels.splits.values() for record in content.images])
+    records = [record for content in labels.splits.values() for record in content.images]
+    is_foreign = reader_of(format).is_foreign
+    problems = (link_problems(folder) if is_foreign else []) + labels.divider.problems + labels.problems
+    problems += image_problems(images, records, is_foreign=is_foreign)
     return RawData(labels.splits, images, problems + _repeated_pictures(labels))
+
+
+def reader_of(format: str) -> Reader:
+    """Return the reader of a format of READERS, or of PREPARED."""
+    return _PREPARED_READER if format == PREPARED else READERS[format]
 
 
 def read_labels(format: str, folder: Path, classes: Sequence[str], rule: SplitRule | None) -> Labels:
     """Read labels without decoding pictures; without a rule, `labels.divider.rule` is the one that fits the folder."""
-    reader = READERS[format]
+    reader = reader_of(format)
     divider = Divider(folder, reader.images(folder), rule)
     splits = reader.read(folder, classes, divider)
     for split, number in divider.num_excluded.items():

@@ -17,9 +17,8 @@ import yaml
 from filelock import FileLock
 
 from data.card import load_card
-from data.coco import class_names
 from data.coco_layout import IMAGES, annotation_file
-from data.reading import read_labels
+from data.reading import PREPARED, read_labels, reader_of
 from data.records import SPLITS, ImageRecord
 from data.report_change import Change, change_since, fingerprints
 from data.report_page import page
@@ -65,8 +64,8 @@ def write_report(name: str, version: str, repo: Path) -> DatasetReport:
     prepared, folder = repo / "data" / "processed" / name, report_folder(name, version, repo)
     if not prepared.is_dir():
         raise FileNotFoundError(f"{prepared}: dataset {name!r} is not prepared. Run `dvc repro prepare@{name}`")
-    classes = class_names(prepared)
-    read = read_labels("coco", prepared, classes, SplitRule()).splits
+    classes = reader_of(PREPARED).class_names(prepared)
+    read = read_labels(PREPARED, prepared, classes, SplitRule()).splits
     records: dict[str, list[ImageRecord]] = {split: read[split].images for split in SPLITS}
     splits = {split: split_statistics(records[split], classes, _info(prepared, split)) for split in records}
     known = folder / FINGERPRINTS

@@ -152,6 +152,9 @@ def test_bad_names_and_licences(coco_folder: Make, make_repo: Make) -> None:
 def test_incomplete_folders_are_refused(coco_folder: Make, make_repo: Make) -> None:
     source, repo = coco_folder(), make_repo()
     shutil.rmtree(source / "images")
+    with pytest.raises(ImportRefused, match=r"train\.json: error: the folder of its pictures is missing\. Provide it"):
+        register("harbour", source, "coco", repo=repo, licence="l")
+    shutil.rmtree(source / "annotations")
     with pytest.raises(ImportRefused, match=r"a COCO folder holds .* Add what is missing"):
         register("harbour", source, "coco", repo=repo, licence="l")
 

@@ -128,6 +128,7 @@ def test_the_command(coco_folder: Make, make_repo: Make, monkeypatch: pytest.Mon
     assert result.output.splitlines() == [
         "coco: found annotations/train.json, annotations/val.json, annotations/test.json",
         "train 2 images with 4 boxes, val 2 images with 4 boxes, test 2 images with 4 boxes",
+        "ignore regions: a detection that lies half in them is not scored (ignore_rule in the card)",
         "licence: unknown; write it into the card, for it goes with every model",
         "harbour: 2 classes (car, boat); check it: speck data check harbour",
     ]
