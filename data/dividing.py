@@ -13,7 +13,7 @@ from data.duplicates import repetitions
 from data.images import threads
 from data.problems import Problem
 from data.records import SPLITS
-from data.splits import SplitRule, assign
+from data.splits import SplitName, SplitRule, assign
 
 UNASSIGNED = "unassigned"
 _NUM_EXAMPLES = 3
@@ -21,14 +21,19 @@ _NUM_EXAMPLES = 3
 MAX_LEFT_OUT = 0.05
 # Names of frames: what stands before their number names the video.
 VIDEO = r"^(.*?)[-_]?\d+\.\w+$"
+_ADVICE = (
+    "Frames of a video belong together: `splits: {rule: by-sequence, sequence: ...}` in the card, with an expression "
+    f"such as '{VIDEO}' for their names. Pictures of one camera that does not move look alike: `near_duplicates: keep`"
+)
 
 
 class Divider:
     """Called by a reader with the names of the pictures by split, before it reads their labels.
 
     A split that the folder does not have is not among the keys; pictures that it puts nowhere are UNASSIGNED. Without a
-    rule the files' own splits are used or, where one is lacking, the rule `ratio`; `rule` is then the one in use. That
-    one keeps near duplicates where they are more than MAX_LEFT_OUT of what it draws.
+    rule the files' own splits are used or, where one is lacking, the rule `ratio`; `rule` is then the one in use. If
+    more than MAX_LEFT_OUT of what that draws would go as near duplicates, it becomes `by-sequence` where names tell
+    videos apart, or else near duplicates are kept.
     """
 
     def __init__(self, folder: Path, images: Path, rule: SplitRule | None) -> None:
@@ -46,8 +51,8 @@ class Divider:
         if self.rule.rule == "given":
             return self._given(listed, lacking)
         divided = self._by_rule(listed, lacking, self.rule)
-        for split in lacking:
-            if not divided[split]:
+        for split in SPLITS:
+            if not divided[split] and (split in lacking or listed[split]):
                 rule = f"the rule {self.rule.rule!r} put no picture into split {split!r}"
                 self._report(rule, "Pin a picture or sequence to it: `splits: {pinned: ...}` in the card")
         return divided
@@ -78,13 +83,20 @@ class Divider:
         }
         fixed = self._pinned(groups, rule) | held
         assigned = assign(groups, fixed, shares)
+        leaves_out = rule.rule == "ratio" and rule.near_duplicates == "leave-out"
+        repeated = self._repetitions(assigned.splits, fixed) if leaves_out else {}
+        num_drawn = len(assigned.splits) - len(fixed)
+        if self._is_choosing and len(repeated) > MAX_LEFT_OUT * num_drawn:
+            # Not one picture that was taken twice, but what the dataset is.
+            self._is_choosing = False
+            self.rule = self._rule_for_many(repeated, num_drawn, [*groups], shares)
+            return self._by_rule(listed, lacking, self.rule)
+        self._tell_left_out(repeated, assigned.splits)
         if assigned.conflicts:
             what = (
                 f"{len(assigned.conflicts)} pictures, for example {_examples(assigned.conflicts)}, belong with others"
             )
             self._report(f"{what} that are in several splits", "Left out when prepared: put them into one", "warning")
-        leaves_out = rule.rule == "ratio" and rule.near_duplicates == "leave-out"
-        repeated = self._repetitions(assigned.splits, fixed) if leaves_out else {}
         divided: dict[str, list[str]] = {split: [] for split in SPLITS}
         homes: dict[str, set[str]] = {}
         for name, split in assigned.splits.items():
@@ -98,31 +110,41 @@ class Divider:
         return divided
 
     def _repetitions(self, split_of: Mapping[str, str], fixed: Mapping[str, str]) -> dict[str, str]:
-        """Return picture -> what it nearly repeats in another split, of those that are left out for that."""
+        """Return picture -> what it nearly repeats in another split, of those that go for that."""
         drawn = [name for split in reversed(SPLITS) for name in split_of if split_of[name] == split]
         drawn = [name for name in drawn if name not in fixed]
         if not drawn:
             return {}
-        found = repetitions(self.images, {name: split_of[name] for name in (*fixed, *drawn)}, len(fixed))
-        if not found:
-            return {}
-        examples = ", ".join(f"{name} (like {other})" for name, other in [*found.items()][:_NUM_EXAMPLES])
-        advice = (
-            "Frames of a video belong together: `splits: {rule: by-sequence, sequence: ...}` in the card, with an "
-            f"expression such as '{VIDEO}' for their names. Pictures of a camera that does not move all look alike: "
-            "`near_duplicates: keep`"
-        )
-        if self._is_choosing and len(found) > MAX_LEFT_OUT * len(drawn):
-            # Not one picture that was taken twice, but what the dataset is: a person must say.
-            self.rule = SplitRule(rule="ratio", near_duplicates="keep")
-            rule = f"{len(found)} of {len(drawn)} pictures nearly repeat one of another split: {examples}"
-            self._report(rule, f"Kept, so that scores will be too good. {advice}", "warning")
-            return {}
-        self.num_excluded = dict(Counter(split_of[name] for name in found))
-        counts = ", ".join(f"{split} {number}" for split, number in self.num_excluded.items())
-        rule = f"{len(found)} pictures ({counts}) nearly repeat one of another split: {examples}"
-        self._report(rule, f"Left out when prepared. {advice}", "warning")
-        return found
+        return repetitions(self.images, {name: split_of[name] for name in (*fixed, *drawn)}, len(fixed))
+
+    def _tell_left_out(self, repeated: Mapping[str, str], split_of: Mapping[str, str]) -> None:
+        self.num_excluded = dict(Counter(split_of[name] for name in repeated))
+        if repeated:
+            counts = ", ".join(f"{split} {number}" for split, number in self.num_excluded.items())
+            rule = f"{len(repeated)} pictures ({counts}) nearly repeat one of another split: {_pairs(repeated)}"
+            self._report(rule, f"Left out when prepared. {_ADVICE}", "warning")
+
+    def _rule_for_many(
+        self, repeated: Mapping[str, str], num_drawn: int, names: Sequence[str], shares: Mapping[str, float]
+    ) -> SplitRule:
+        """Return a rule for pictures many of which look alike: by video if their names tell it, else they are kept."""
+        found = f"{len(repeated)} of {num_drawn} pictures nearly repeat one of another split: {_pairs(repeated)}"
+        video_of = {name: match[1] for name in names if (match := re.match(VIDEO, name))}
+        videos = Counter(video_of.values())
+        is_told = len(video_of) == len(names) and all(video_of[one] == video_of[two] for one, two in repeated.items())
+        if not is_told or len(videos) < len(SPLITS):
+            self._report(found, f"Kept, so that scores will be too good. {_ADVICE}", "warning")
+            return SplitRule(rule="ratio", near_duplicates="keep")
+        homes = assign({video: video for video in videos}, {}, shares).splits
+        pinned: dict[SplitName, tuple[str, ...]] = {}
+        for split in SPLITS:
+            if split in shares and split not in homes.values():
+                held = Counter(homes.values())
+                smallest = min((number, video) for video, number in videos.items() if held[homes[video]] > 1)[1]
+                homes[smallest], pinned[split] = split, (smallest,)
+        remedy = f"Each of {len(videos)} videos, by the names, is in one split: {_examples([*videos])}. See the card"
+        self._report(found, remedy, "warning")
+        return SplitRule(rule="by-sequence", sequence=VIDEO, pinned=pinned)
 
     def _groups(self, names: Sequence[str], rule: SplitRule) -> dict[str, str]:
         if rule.sequence is None:
@@ -166,6 +188,10 @@ def _digest(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def _pairs(repeated: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} (like {other})" for name, other in [*repeated.items()][:_NUM_EXAMPLES])
 
 
 def _examples(names: Sequence[str]) -> str:

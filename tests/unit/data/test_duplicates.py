@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.duplicates import MAX_DISTANCE, Duplicates, near_duplicate_problems, near_duplicates, neighbours
+from data.duplicates import MAX_DISTANCE, Duplicates, near_duplicate_problems, near_duplicates, neighbours, repetitions
+from data.headers import MAX_BYTES
 from data.records import ImageRecord, Split
 
 SHARED = Path(os.environ.get("SPECK_SHARED_DATASETS", Path(__file__).parents[4] / "shared" / "datasets"))
@@ -184,3 +188,34 @@ def test_ten_thousand_frames_of_a_fixed_camera_are_one_group(tmp_path: Path) -> 
     found = near_duplicates(tmp_path, names)
     assert [len(group) for group in found.groups] == [10_000]
     assert len(found.links) == 9_999
+
+
+def test_what_must_not_be_read_is_not(tmp_path: Path) -> None:
+    """A bomb of a megabyte, a picture of more than a gigabyte and a link out of the folder are left to other checks."""
+    outside = tmp_path / "outside.png"
+    folder = tmp_path / "images"
+    write(folder, {"a.png": texture(0), "long.png": texture(0)})
+    outside.write_bytes((folder / "a.png").read_bytes())
+    (folder / "link.png").symlink_to(outside)
+    os.truncate(folder / "long.png", MAX_BYTES + 1)
+    row = b"\0" + b"\x7f" * 32_000
+    content = zlib.compressobj(9)
+    packed = b"".join(content.compress(row) for _ in range(32_000)) + content.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 32_000, 32_000, 8, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b"")]
+    (folder / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    )
+    names = ["a.png", "long.png", "link.png", "bomb.png"]
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert near_duplicates(folder, names).unreadable == names[1:]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 100 * 1024
+
+
+def test_pictures_that_are_all_alike_are_one_group(tmp_path: Path) -> None:
+    pictures = {f"{number}.png": cv2.add(texture(1) // 2, number) for number in range(100)}
+    found = write(tmp_path, pictures)
+    assert [len(group) for group in found.groups] == [100]
+    split_of = {name: "test" if number < 10 else "train" for number, name in enumerate(pictures)}
+    assert repetitions(tmp_path, split_of, 0) == dict.fromkeys([*pictures][10:], "0.png")
+    assert repetitions(tmp_path, split_of, 100) == {}

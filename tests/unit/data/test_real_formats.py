@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.cleaning import ImageBoxes
+from data.dividing import VIDEO
 from data.importing import register
 from data.known_cards import find_known
 from data.prepare import prepare
@@ -39,8 +40,12 @@ def test_aerial_cars(tmp_path: Path) -> None:
     """36 pictures, 697 boxes; no box sticks out by exact arithmetic on the files' decimals."""
     source, repo = needs("aerial_cars"), repository(tmp_path)
     card, notes = register("aerial-cars", source, repo=repo)
-    assert (card.format, card.splits.rule) == ("yolo", "ratio")
+    assert (card.format, card.splits.rule, card.splits.sequence) == ("yolo", "by-sequence", VIDEO)
     assert notes[0] == "yolo: aerial.names names 5 classes and 36 pictures have a label file"
+    chosen = read_labels("yolo", source, card.classes, card.splits)
+    videos = {(image.file_name[:8], split) for split, part in chosen.splits.items() for image in part.images}
+    assert (len(videos), {split for _, split in videos}) == (4, {*SPLITS}), "no video is in two splits"
+    assert sum(len(image.boxes) for part in chosen.splits.values() for image in part.images) == 697
     rule = SplitRule(
         rule="by-sequence",
         sequence="^(DJI.[0-9]+)-",

@@ -202,15 +202,39 @@ def test_near_duplicates_of_another_split_are_left_out_and_none_moves(tmp_path: 
     (problem,) = [problem for problem in divide.problems if "nearly repeat" in problem.rule]
     assert problem.severity == "warning"
     assert problem.rule.startswith(f"{60 - len(found)} pictures (")
-    chosen = divider(tmp_path, None)
-    assert {name: split for split, part in chosen({UNASSIGNED: names}).items() for name in part} == draw
-    assert chosen.rule == SplitRule(rule="ratio", near_duplicates="keep"), "too many to decide that for a person"
-    (problem,) = chosen.problems
+    told = divider(tmp_path, None)
+    videos = {(name[0], split) for split, part in told({UNASSIGNED: names}).items() for name in part}
+    assert (len(videos), {split for _, split in videos}) == (3, {*SPLITS}), "each video is in a split of its own"
+    assert told.rule is not None
+    assert (told.rule.rule, told.rule.sequence) == ("by-sequence", VIDEO)
+    (problem,) = told.problems
     assert " of 60 pictures nearly repeat one of another split: " in problem.rule
-    assert problem.remedy.startswith("Kept, so that scores will be too good. Frames of a video belong together")
+    assert problem.remedy == "Each of 3 videos, by the names, is in one split: 0, 1, 2. See the card"
+    for name in names:
+        (tmp_path / name).rename(tmp_path / f"{name}.png")
+    nameless = divider(tmp_path, None)
+    found = nameless({UNASSIGNED: [f"{name}.png" for name in names]})
+    assert {name[:-4]: split for split, part in found.items() for name in part} == draw
+    assert nameless.rule == SplitRule(rule="ratio", near_duplicates="keep"), "too many to decide that for a person"
+    assert nameless.problems[0].remedy.startswith("Kept, so that scores will be too good. Frames of a video belong")
+    for name in names:
+        (tmp_path / f"{name}.png").rename(tmp_path / name)
     kept = divider(tmp_path, SplitRule(rule="ratio", near_duplicates="keep"))
     assert {name: split for split, part in kept({UNASSIGNED: names}).items() for name in part} == draw
     assert kept.problems == []
+
+
+def test_a_split_that_near_duplicates_empty_is_an_error(tmp_path: Path) -> None:
+    """All pictures are one: whatever is in test keeps all others out."""
+    texture = cv2.resize(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8), (64, 64))
+    names = [f"{number}.png" for number in range(60)]
+    for number, name in enumerate(names):
+        assert cv2.imwrite(str(tmp_path / name), cv2.add(texture // 2, number))
+    divide = divider(tmp_path, SplitRule(rule="ratio"))
+    found = divide({"train": names})
+    assert [len(found[split]) > 0 for split in SPLITS] == [False, False, True]
+    rules = [problem.rule for problem in divide.problems if problem.severity == "error"]
+    assert rules == [f"the rule 'ratio' put no picture into split '{split}'" for split in ("train", "val")]
 
 
 def test_what_the_files_or_the_card_say_is_never_left_out(tmp_path: Path) -> None:
