@@ -15,7 +15,7 @@ from typing import Any
 from data.coco_layout import ANNOTATIONS, EXPORTED, IMAGES, CocoFile, CocoLayout, below, find_layout, folder_of
 from data.dividing import Divider
 from data.label_files import UnreadableFile, is_safe_name, read_bytes
-from data.pictures import MAX_SIDE_PX
+from data.pictures import MAX_SIDE_PX, files_below, is_picture
 from data.problems import ImportRefused
 from data.records import SPLITS, XYWH, Box, ImageRecord, Split, clip_xywh
 
@@ -61,6 +61,11 @@ def read_coco(
             if first != split:
                 rule = f"file_name {image.file_name!r} is in split {first!r} too, so a score would not be a fair one"
                 content.report(file.path, rule, "Keep it in one split")
+    if find is find_layout and readers and not any(content.problems for content in splits.values()):
+        unlisted = sorted({name for name in files_below(layout.images) if is_picture(name)} - owner.keys())
+        if unlisted:
+            rule = f"{len(unlisted)} pictures are in no annotation file, for example {unlisted[0]}"
+            splits["train"].warn(folder, rule, "Left out when prepared: list them to use them")
     listed = {split: [image.file_name for image in reader.images.values()] for split, reader in readers.items()}
     divided = divide(listed)
     split_of = {name: splits[split] for split, names in divided.items() for name in names}

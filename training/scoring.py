@@ -73,6 +73,10 @@ def score_split(
     else:
         dataset = TiledPictures(dataset_folder, split, options.tiling, input_size_px=options.input_size_px)
     share = range(workers.rank, len(dataset), workers.world_size)
+    if isinstance(dataset, TiledPictures):
+        # Tiles of one picture together: then it is decoded once, by one worker.
+        ends = [len(dataset) * rank // workers.world_size for rank in (workers.rank, workers.rank + 1)]
+        share = range(*ends)
     loader: DataLoader[Any] = DataLoader(Subset(dataset, share), batch_size=SCORING_BATCH, collate_fn=collate)
     postprocess = PostprocessConfig(
         score_threshold=scoring.score_threshold,

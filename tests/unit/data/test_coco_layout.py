@@ -20,6 +20,7 @@ from data.prepare import prepare
 from data.problems import Problem
 from data.reading import read_labels
 from data.records import SPLITS
+from data.report import write_report
 from data.splits import SplitRule
 
 Make = Callable[..., Path]
@@ -32,6 +33,7 @@ LAYOUTS = {
     "download, years differ": ("annotations/instances_{}2014.json", "images/{}2014", "a.png"),
     "no images folder": ("annotations/{}.json", "{}", "a.png"),
     "export": ("{}/_annotations.coco.json", "{}", "a.png"),
+    "names that begin with images": ("annotations/{}.json", "images", "images/{}-a.png"),
 }
 
 
@@ -41,7 +43,7 @@ def lay_out(folder: Path, layout: str, rename: dict[str, str] | None = None, con
     for number, split in enumerate(SPLITS):
         shown = (rename or {}).get(split, split)
         pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
-        path = folder / images.format(shown) / name.format(shown)
+        path = folder / images.format(shown) / name.format(shown).removeprefix("images/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content or cv2.imencode(".png", pixels)[1].tobytes())
         document: dict[str, Any] = {
@@ -113,6 +115,15 @@ def test_other_files_of_a_download_are_not_asked(tmp_path: Path) -> None:
     assert read(folder) == []
 
 
+def test_pictures_that_no_file_lists_are_told(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path, "download")
+    (folder / "unlabeled2017").mkdir()
+    shutil.copyfile(folder / "val2017/a.png", folder / "unlabeled2017/a.png")
+    (problem,) = read(folder)
+    assert problem.rule == "1 pictures are in no annotation file, for example unlabeled2017/a.png"
+    assert problem.severity == "warning"
+
+
 def test_two_files_of_one_split_are_an_error(tmp_path: Path) -> None:
     folder = lay_out(tmp_path, "download")
     (folder / "train2014").mkdir()
@@ -138,3 +149,66 @@ def test_annotations_without_pictures_are_no_dataset(tmp_path: Path, make_repo: 
         shutil.rmtree(folder / f"{split}2017")
     with pytest.raises(ImportRefused, match="no format that is known"):
         register("harbour", folder, repo=make_repo())
+
+
+def test_a_split_whose_pictures_are_missing_is_not_passed_over(tmp_path: Path, make_repo: Make) -> None:
+    """Else train would be cut up for a split that the files have."""
+    folder = lay_out(tmp_path / "source", "download")
+    shutil.rmtree(folder / "val2017")
+    with pytest.raises(ImportRefused, match=r"instances_val2017\.json: error: the folder of its pictures is missing"):
+        register("harbour", folder, repo=make_repo())
+
+
+@pytest.mark.parametrize(
+    ("file", "images"),
+    [
+        ("_annotations.coco.json", ""),
+        ("_annotations.coco.json", "images"),
+        ("annotations/instances_default.json", "images"),
+        ("annotations/instances_default.json", "images/default"),
+        ("annotations/all.json", "images"),
+    ],
+)
+def test_one_file_for_all_is_divided(tmp_path: Path, make_repo: Make, file: str, images: str) -> None:
+    source, repo = tmp_path / "source", make_repo()
+    names = [f"{number}.png" for number in range(60)]
+    for number, name in enumerate(names):
+        (source / images).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
+        assert cv2.imwrite(str(source / images / name), pixels)
+    rows = [{"id": number, "file_name": name, "width": 60, "height": 40} for number, name in enumerate(names)]
+    boxes = [{"id": n, "image_id": n, "category_id": 0, "bbox": [1, 2, 9, 8]} for n in range(60)]
+    content = {"images": rows, "annotations": boxes, "categories": [{"id": 0, "name": "boat"}, {"id": 1, "name": "x"}]}
+    (source / file).parent.mkdir(parents=True, exist_ok=True)
+    (source / file).write_text(json.dumps(content))
+    card, notes = register("harbour", source, repo=repo)
+    assert (card.format, card.splits.rule, card.classes) == ("coco", "ratio", ("boat", "x"))
+    assert "warning: no object is of class x; delete it from the card if it is none" in notes
+    prepared = prepare("harbour", repo)
+    found = [json.loads((prepared / f"annotations/{split}.json").read_bytes()) for split in SPLITS]
+    assert sum(len(document["images"]) for document in found) == 60
+    assert min(len(document["images"]) for document in found) > 0
+
+
+def test_prepared_files_are_read_as_they_were_written(tmp_path: Path, make_repo: Make) -> None:
+    """`train/a.png` and `train/train/a.png`: a prepared dataset must not be guessed at."""
+    source, repo = lay_out(tmp_path / "source", "export"), make_repo()
+    pixels = np.random.default_rng(9).integers(0, 256, (40, 60, 3), np.uint8)
+    (source / "train/train").mkdir()
+    assert cv2.imwrite(str(source / "train/train/a.png"), pixels)
+    document = json.loads((source / "train/_annotations.coco.json").read_bytes())
+    document["images"].append({"id": 2, "file_name": "train/a.png", "width": 60, "height": 40})
+    (source / "train/_annotations.coco.json").write_text(json.dumps(document))
+    register("harbour", source, repo=repo)
+    prepare("harbour", repo)
+    assert check("harbour", repo) == []
+    assert write_report("harbour", "a" * 32, repo).splits["train"].num_images == 2
+
+
+def test_prepared_files_may_be_links_into_a_cache(tmp_path: Path, make_repo: Make) -> None:
+    source, repo = lay_out(tmp_path / "source", "ours"), make_repo()
+    register("harbour", source, repo=repo)
+    picture = prepare("harbour", repo) / "images/train/a.png"
+    picture.rename(tmp_path / "cached")
+    picture.symlink_to(tmp_path / "cached")
+    assert check("harbour", repo) == []

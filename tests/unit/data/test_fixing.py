@@ -150,7 +150,7 @@ def test_a_name_that_is_taken_is_left(odd: Path, make_repo: Make) -> None:
     repo = make_repo(odd)
     assert fix("tiny", repo)["suffix"] == 1
     assert (repo / "data/raw/tiny/images/train/b.png").read_bytes() == b"taken"
-    assert [problem.path.name for problem in check("tiny", repo)] == ["b.jpg", "a.png"]
+    assert [problem.path.name for problem in check("tiny", repo)] == ["tiny", "b.jpg", "a.png"], "b.png is in no file"
 
 
 def voc(folder: Path, number: int) -> Path:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,3 +185,75 @@ def test_splits_with_other_classes_are_refused(coco_folder: Make, make_repo: Mak
 
     with pytest.raises(ImportRefused, match=r"same categories, found .*ship.* Correct"):
         register("harbour", coco_folder(spoil), "coco", repo=make_repo(), licence="l")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import data.importing
+write = data.importing.write_whole
+def write_or_die(path, text):
+    if path.name == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, text)
+data.importing.write_whole = write_or_die
+data.importing.register("harbour", sys.argv[2], repo=Path(sys.argv[3]), copy=True)
+"""
+
+
+@pytest.mark.parametrize("before", ["harbour.yaml", "params.yaml"])
+def test_a_killed_import_can_be_done_again(coco_folder: Make, make_repo: Make, before: str) -> None:
+    source, repo = coco_folder(), make_repo()
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", KILLED, before, str(source), str(repo)], cwd=root, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (repo / "data/raw/harbour").is_dir()
+    register("harbour", source, repo=repo)
+    assert (repo / "data/raw/harbour").is_symlink()
+    assert sorted(path.name for path in (repo / "data/raw").iterdir()) == ["harbour"]
+
+
+def test_what_somebody_put_there_is_nobody_elses_leftover(coco_folder: Make, make_repo: Make) -> None:
+    source, repo = coco_folder(), make_repo()
+    (repo / "data/raw/harbour").mkdir()
+    with pytest.raises(DatasetExists):
+        register("harbour", source, repo=repo)
+    assert (repo / "data/raw/harbour").is_dir()
+
+
+@pytest.mark.parametrize("name", ["images/more", "annotations/train.json"])
+def test_links_out_of_the_folder_are_refused_and_copied(
+    coco_folder: Make, make_repo: Make, tmp_path: Path, name: str
+) -> None:
+    """A folder and an annotation file; pictures that are links are told one by one by the check."""
+    source, repo = coco_folder(), make_repo()
+    outside = tmp_path / "outside"
+    if name == "images/more":
+        outside.mkdir()
+    else:
+        (source / name).rename(outside)
+    (source / name).symlink_to(outside)
+    with pytest.raises(ImportRefused, match=rf"{name}: error: a link that leads out of the dataset's folder"):
+        register("harbour", source, repo=repo)
+    register("harbour", source, repo=repo, copy=True)
+    assert not any(path.is_symlink() for path in (repo / "data/raw/harbour").rglob("*"))
+    assert check("harbour", repo) == []
+
+
+def test_missing_pictures_are_told(coco_folder: Make, make_repo: Make) -> None:
+    source, repo = coco_folder(), make_repo()
+    (source / "images/train/a.png").unlink()
+    notes = register("harbour", source, repo=repo).notes
+    assert f"warning: 1 of 6 pictures are missing, for example {source}/images/train/a.png" in notes
+    for path in source.glob("images/*/*"):
+        path.unlink()
+    with pytest.raises(ImportRefused, match=r"none of 6 pictures is there, for example .* Add them"):
+        register("again", source, repo=repo)
+
+
+def test_ignore_regions_are_heeded_unless_somebody_says_otherwise(coco_folder: Make, make_repo: Make) -> None:
+    repo = make_repo()
+    assert register("harbour", coco_folder(), repo=repo).card.ignore_rule == "covered-half"
+    assert register("other", coco_folder(name="b"), repo=repo, ignore_rule="none").card.ignore_rule == "none"
+    without = coco_folder(lambda _, document: document["images"][1].pop("ignore_regions_xywh"), name="c")
+    assert register("third", without, repo=repo).card.ignore_rule == "none"

@@ -42,6 +42,7 @@ def test_import_and_prepare(folder: Path, make_repo: Make) -> None:
     repo = make_repo()
     card, notes = register("streets", folder, repo=repo)
     assert (card.format, card.classes, card.splits.rule) == ("visdrone", CLASSES, "given")
+    assert (card.protocol, card.ignore_rule) == ("visdrone", "covered-half")
     assert notes[0].startswith(
         "visdrone: rows of 8 numbers in annotations/*.txt beside images/ in VisDrone2019-DET-test-dev"
     )
