@@ -190,8 +190,10 @@ class _Reader:
             return None
         rows_of = {key: document.get(key) for key in ("images", "annotations", "categories")}
         for key, rows in rows_of.items():
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            if not isinstance(rows, list):
                 self._fault(f"{key!r} must be a list of objects", "See the COCO format")
+            elif (wrong := next((n for n, row in enumerate(rows) if not isinstance(row, dict)), None)) is not None:
+                self._fault(f"{key}[{wrong}] must be an object", "See the COCO format")
         return None if self.content.problems else document
 
     def category_names(self, document: dict[str, Any]) -> dict[int, str]:

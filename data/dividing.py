@@ -41,6 +41,7 @@ class Divider:
         self.problems: list[Problem] = []
         self.digests: dict[str, str | None] = {}
         self.num_excluded: dict[str, int] = {}
+        self.num_drawn = 0
         self._is_choosing = rule is None
 
     def __call__(self, listed: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -54,7 +55,10 @@ class Divider:
         for split in SPLITS:
             if not divided[split] and (split in lacking or listed[split]):
                 rule = f"the rule {self.rule.rule!r} put no picture into split {split!r}"
-                self._report(rule, "Pin a picture or sequence to it: `splits: {pinned: ...}` in the card")
+                remedy = (
+                    "Pin a picture or sequence to it, or give it a larger share: `splits: {pinned: ..., shares: ...}`"
+                )
+                self._report(rule, f"{remedy} in the card")
         return divided
 
     def _given(self, listed: Mapping[str, Sequence[str]], lacking: Sequence[str]) -> dict[str, list[str]]:
@@ -85,11 +89,11 @@ class Divider:
         assigned = assign(groups, fixed, shares)
         leaves_out = rule.rule == "ratio" and rule.near_duplicates == "leave-out"
         repeated = self._repetitions(assigned.splits, fixed) if leaves_out else {}
-        num_drawn = len(assigned.splits) - len(fixed)
-        if self._is_choosing and len(repeated) > MAX_LEFT_OUT * num_drawn:
+        self.num_drawn = len(assigned.splits) - len(fixed)
+        if self._is_choosing and len(repeated) > MAX_LEFT_OUT * self.num_drawn:
             # Not one picture that was taken twice, but what the dataset is.
             self._is_choosing = False
-            self.rule = self._rule_for_many(repeated, num_drawn, [*groups], shares)
+            self.rule = self._rule_for_many(repeated, [*groups], shares)
             return self._by_rule(listed, lacking, self.rule)
         self._tell_left_out(repeated, assigned.splits)
         if assigned.conflicts:
@@ -125,10 +129,10 @@ class Divider:
             self._report(rule, f"Left out when prepared. {_ADVICE}", "warning")
 
     def _rule_for_many(
-        self, repeated: Mapping[str, str], num_drawn: int, names: Sequence[str], shares: Mapping[str, float]
+        self, repeated: Mapping[str, str], names: Sequence[str], shares: Mapping[str, float]
     ) -> SplitRule:
         """Return a rule for pictures many of which look alike: by video if their names tell it, else they are kept."""
-        found = f"{len(repeated)} of {num_drawn} pictures nearly repeat one of another split: {_pairs(repeated)}"
+        found = f"{len(repeated)} of {self.num_drawn} pictures nearly repeat one of another split: {_pairs(repeated)}"
         video_of = {name: match[1] for name in names if (match := re.match(VIDEO, name))}
         videos = Counter(video_of.values())
         is_told = len(video_of) == len(names) and all(video_of[one] == video_of[two] for one, two in repeated.items())

@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
     except UnidentifiedImageError as error:
         raise UnreadableFile(f"not an image of type {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise UnreadableFile(_too_large(str(error))) from error
+        raise UnreadableFile(_too_large(str(error).partition(" exceeds")[0])) from error
     # Damaged files make its readers raise nearly anything.
     except Exception as error:
         raise UnreadableFile(f"the image cannot be read: {error}") from error

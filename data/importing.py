@@ -155,7 +155,7 @@ def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None) -> list[s
     counts = {split: count(content) for split, content in labels.splits.items()}
     notes = [", ".join(f"{split} {found.images} images with {found.boxes} boxes" for split, found in counts.items())]
     rule = labels.divider.rule
-    if rule is not None and rule.rule != "given":
+    if rule is not None and rule.rule != "given" and labels.divider.num_drawn:
         notes.append(f"splits: by the rule {rule.rule!r} where the files do not say; change it in the card")
     notes += [str(problem) for problem in labels.divider.problems]
     if labels.problems:
@@ -260,9 +260,12 @@ def _refuse_name(name: str) -> None:
 
 
 def _refuse_taken(name: str, repo: Path) -> None:
-    for taken in (repo / "data" / "catalog" / f"{name}.yaml", repo / "data" / "raw" / name):
-        if os.path.lexists(taken):
-            raise DatasetExists(f"dataset {name!r}: {taken} exists. Choose another name or remove it first")
+    places = (repo / "data" / "catalog" / f"{name}.yaml", repo / "data" / "raw" / name)
+    if taken := [str(place) for place in places if os.path.lexists(place)]:
+        raise DatasetExists(
+            f"dataset {name!r}: {' and '.join(taken)} exists. Choose another name, or remove it first, and its line in "
+            "params.yaml"
+        )
     _with_dataset(repo / "params.yaml", name)
 
 

@@ -11,7 +11,9 @@ import io
 import json
 import os
 import re
+import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
@@ -52,6 +54,12 @@ class Objects(Protocol):
 
     def exists(self, name: str) -> bool:
         """Whether it is there. Raises SourceUnavailable."""
+
+    def lacking(self, sizes_bytes: Mapping[str, int]) -> list[str]:
+        """Names of the objects that are not there with this size. Raises SourceUnavailable."""
+
+    def put(self, name: str, source: Path) -> None:
+        """Take in a file as this object, whole or not at all. Raises SourceUnavailable."""
 
     def read(self, name: str) -> bytes:
         """Its content, not compared with its name. Raises MissingObject, SourceUnavailable."""
@@ -144,6 +152,25 @@ class FolderObjects:
         """See `Objects`."""
         return self.path(name).is_file()
 
+    def lacking(self, sizes_bytes: Mapping[str, int]) -> list[str]:
+        """See `Objects`."""
+        return [name for name, size in sizes_bytes.items() if not self.exists(name) or self._size(name) != size]
+
+    def _size(self, name: str) -> int:
+        return self.path(name).stat().st_size
+
+    def put(self, name: str, source: Path) -> None:
+        """See `Objects`."""
+        target = self.path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        try:
+            shutil.copyfile(source, partial)
+            partial.chmod(0o444)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
     def read(self, name: str) -> bytes:
         """See `Objects`."""
         try:
@@ -199,6 +226,25 @@ class S3Objects:
         except self._s3.FAILURES as error:
             raise self._unavailable(error) from error
         return True
+
+    def lacking(self, sizes_bytes: Mapping[str, int]) -> list[str]:
+        """See `Objects`."""
+        assert self._client is not None
+        try:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            rows = (row for page in pages for row in page.get("Contents", []))
+            there = {row["Key"].removeprefix(f"{self._prefix}/").replace("/", ""): row["Size"] for row in rows}
+        except self._s3.FAILURES as error:
+            raise self._unavailable(error) from error
+        return [name for name, size in sizes_bytes.items() if there.get(name) != size]
+
+    def put(self, name: str, source: Path) -> None:
+        """See `Objects`."""
+        assert self._client is not None
+        try:
+            self._client.upload_file(str(source), self._bucket, f"{self._prefix}/{name[:2]}/{name[2:]}")
+        except self._s3.FAILURES as error:
+            raise self._unavailable(error) from error
 
     def read(self, name: str) -> bytes:
         """See `Objects`."""
@@ -259,13 +305,13 @@ def _copy(original: Any, copy: BinaryIO | None) -> str:
 
 def _missing(address: str) -> MissingObject:
     return MissingObject(
-        f"{address}: not in this source. Fetch it with `speck data pull`, or store it again with `dvc commit -f` and "
-        "`speck data push`"
+        f"{address}: not in this source. `speck data push`, where the version is current and whole, sends what is "
+        "lacking; without it, prepare the dataset again"
     )
 
 
 def _corrupt(address: str, expected: str, found: str) -> CorruptObject:
     return CorruptObject(
-        f"{address}: expected md5 {expected}, found {found}. Delete this object, then `speck data pull`, or prepare "
-        "the dataset again with `dvc repro -f`"
+        f"{address}: expected md5 {expected}, found {found}. Delete this object; then `speck data push`, where the "
+        "version is current and whole, sends it again, or `speck data pull` fetches it into this cache"
     )

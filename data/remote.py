@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from data.versioning import VersioningFailed, current_version, one_writer, run_d
 logger = logging.getLogger(__name__)
 
 NUM_ATTEMPTS = 3
+IN_REMOTE = "in the remote"
 # In the cache's folder, but not among its objects.
 PARTIALS = "speck-partial"
 _NUM_THREADS = 16
@@ -45,36 +47,50 @@ class _Remote(NamedTuple):
     options: dict[str, str]
 
 
-def remote_states(versions: dict[str, str | None], repo: Path) -> tuple[dict[str, str], str]:
+def remote_states(versions: Mapping[str, str | None], repo: Path) -> tuple[dict[str, str], str]:
     """Say of each dataset's version whether the remote has it, and why where it does not answer.
 
     The states: `in the remote`, `not in the remote`, `no remote`, `the remote does not answer`, and `no version`.
     """
     try:
         # A table is not worth the waiting that a transfer is.
-        objects = _open(repo, attempts=2)
-        found = {
-            name: "no version"
-            if version is None
-            else "in the remote"
-            if objects.exists(f"{version}.dir")
-            else "not in the remote"
-            for name, version in versions.items()
-        }
+        return _states(versions, _open(repo, attempts=2)), ""
     except NoRemote:
         return dict.fromkeys(versions, "no remote"), ""
     except SourceUnavailable as error:
         return dict.fromkeys(versions, "the remote does not answer"), str(error)
-    return found, ""
+
+
+def require_remote_states(versions: Mapping[str, str | None], repo: Path) -> dict[str, str]:
+    """The same of a remote that must answer. Raises NoRemote, SourceUnavailable."""
+    return _states(versions, _open(repo))
+
+
+def _states(versions: Mapping[str, str | None], objects: Objects) -> dict[str, str]:
+    return {
+        name: "no version"
+        if version is None
+        else IN_REMOTE
+        if objects.exists(f"{version}.dir")
+        else "not in the remote"
+        for name, version in versions.items()
+    }
+
+
+def is_cached(name: str, repo: Path) -> bool:
+    """Whether DVC's cache has the list of the dataset's current version, so that there is something to send."""
+    found = current_version(name, repo)
+    return found is not None and FolderObjects(cache_folder(repo)).exists(f"{found.version}.dir")
 
 
 def push(name: str, repo: Path) -> str:
     """Send a dataset's current version to the remote, with DVC's record of how it was made, and return the version.
 
-    DVC sends the list of the files last: who looks for the version meanwhile finds nothing.
+    DVC sends the list of the files last: who looks for the version meanwhile finds nothing. Where the list is there it
+    takes the files for granted; what the remote has lost of them, or has in another size, is sent here.
 
     Raises:
-        NoRemote, NoVersion, SourceUnavailable: there is none; the remote refuses, or does not answer.
+        NoRemote, NoVersion, SourceUnavailable: there is none; the remote refuses, does not answer, or no more.
         DvcLocked: another DVC is at work.
         PushFailed: DVC failed NUM_ATTEMPTS times, though the remote answers.
     """
@@ -84,7 +100,8 @@ def push(name: str, repo: Path) -> str:
             # Says better than DVC which endpoint, why and what to do, and ends the tries when the remote is gone.
             objects.exists(f"{version}.dir")
             try:
-                run_dvc(name, repo, lock, "push", "--run-cache")
+                # A server that dies meanwhile leaves DVC waiting for ever.
+                run_dvc(name, repo, lock, "push", "--run-cache", watch=lambda: objects.exists(f"{version}.dir"))
             except VersioningFailed as error:
                 logger.warning("%s", error)
                 if attempt == NUM_ATTEMPTS - 1:
@@ -98,7 +115,20 @@ def push(name: str, repo: Path) -> str:
             f"dataset {name!r}: version {version} is neither in the cache nor in data/processed. Prepare it: "
             f"`dvc repro prepare@{name}`"
         )
+    _repair(version, objects, FolderObjects(cache_folder(repo)))
     return version
+
+
+def _repair(version: str, remote: Objects, cache: FolderObjects) -> None:
+    """Send what the remote lacks of a version whose list it has, as far as the cache has it sound."""
+    paths = {md5: cache.path(md5) for md5 in file_list(version, remote).values()}
+    sizes_bytes = {md5: path.stat().st_size for md5, path in paths.items() if path.is_file()}
+    lacking = remote.lacking(sizes_bytes)
+    for md5 in lacking:
+        if md5_of(paths[md5]) == md5:
+            remote.put(md5, paths[md5])
+    if lacking:
+        logger.warning("the remote had lost %d objects of version %s; they were sent again", len(lacking), version[:12])
 
 
 def pull(name: str, repo: Path) -> str:

@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from data.card import load_card
 logger = logging.getLogger(__name__)
 
 SHOWN_LINES = 20
+WATCH_S = 10.0
 _LOCKED = ("unable to acquire lock", "is busy, it is being blocked by")
 
 
@@ -51,17 +52,24 @@ class DatasetVersion:
 def version_dataset(name: str, repo: Path) -> DatasetVersion:
     """Run `dvc repro prepare@<name>` and return the version; when nothing has changed DVC only looks at the files.
 
+    Where the raw data is not, as in a clone that pulled, the version that dvc.lock records is taken as it is.
+
     One process at a time: others wait. The wait covers a DVC that outlived its killed caller, for it inherits the lock.
 
     Raises:
         UnknownDataset, InvalidCard: see `load_card`.
         DvcLocked: a DVC process that was not started here holds the lock.
-        VersioningFailed: `repo` is no git repository, dvc.lock is damaged, or DVC or the preparation failed.
+        VersioningFailed: `repo` is no git repository, dvc.lock is damaged, DVC or the preparation failed, or neither
+            raw nor prepared data is here.
     """
     load_card(name, repo / "data" / "catalog")
     with one_writer(repo) as lock:
         # A damaged dvc.lock is named before DVC stumbles over it.
-        current_version(name, repo)
+        recorded = current_version(name, repo)
+        if recorded is not None and not _has_raw(name, repo):
+            _require_prepared(name, repo, lock)
+            logger.warning("%s: its raw data is not here, so version %s is used as it is", name, recorded.version[:12])
+            return recorded
         finished = run_dvc(name, repo, lock, "repro")
         version = current_version(name, repo)
     logger.info("%s", finished.stdout + finished.stderr)
@@ -77,11 +85,29 @@ def planned_version(name: str, repo: Path) -> DatasetVersion | None:
     """
     load_card(name, repo / "data" / "catalog")
     with one_writer(repo) as lock:
-        if (version := current_version(name, repo)) is None:
-            return None
-        changes = json.loads(run_dvc(name, repo, lock, "status", "--json").stdout).get(stage_name(name), [])
+        if (version := current_version(name, repo)) is None or not _has_raw(name, repo):
+            return version
+        changes = _changes(name, repo, lock)
     # Output that is not there is made again, or fetched, and has the same hash.
     return version if all("changed outs" in change for change in changes) else None
+
+
+def _has_raw(name: str, repo: Path) -> bool:
+    return (repo / "data" / "raw" / name).exists()
+
+
+def _require_prepared(name: str, repo: Path, lock: int) -> None:
+    if any("changed outs" in change for change in _changes(name, repo, lock)):
+        raise VersioningFailed(
+            f"dataset {name!r}: data/raw/{name} is missing, and data/processed/{name} is not the version of dvc.lock. "
+            f"Bring the raw data back, or fetch the version: `speck data pull {name}`"
+        )
+
+
+def _changes(name: str, repo: Path, lock: int) -> list[Any]:
+    """What DVC sees changed since dvc.lock was written."""
+    found: list[Any] = json.loads(run_dvc(name, repo, lock, "status", "--json").stdout).get(stage_name(name), [])
+    return [change for change in found if isinstance(change, dict)]
 
 
 def current_version(name: str, repo: Path) -> DatasetVersion | None:
@@ -116,8 +142,12 @@ def stage_name(name: str) -> str:
     return f"prepare@{name}"
 
 
-def run_dvc(name: str, repo: Path, lock: int, *command: str) -> subprocess.CompletedProcess[str]:
+def run_dvc(
+    name: str, repo: Path, lock: int, *command: str, watch: Callable[[], object] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `dvc <command> prepare@<name>` in the repository, under the lock of `one_writer`.
+
+    `watch` is called every WATCH_S seconds; what it raises stops DVC and is raised.
 
     Raises VersioningFailed when it fails, and DvcLocked when that is because of another DVC.
     """
@@ -127,10 +157,22 @@ def run_dvc(name: str, repo: Path, lock: int, *command: str) -> subprocess.Compl
         # The stage's `python` must be this interpreter.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
-    finished = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "dvc", *command, stage_name(name)],
-        cwd=repo, env=environment, pass_fds=(lock,), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=repo, env=environment, pass_fds=(lock,), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            while True:
+                try:
+                    output = process.communicate(timeout=WATCH_S if watch else None)
+                    break
+                except subprocess.TimeoutExpired:
+                    if watch is not None:
+                        watch()
+        except BaseException:
+            process.kill()
+            raise
+    finished = subprocess.CompletedProcess(process.args, process.returncode, *output)
     if finished.returncode != 0:
         raise _failure(name, finished, command[0])
     return finished
@@ -152,7 +194,11 @@ def one_writer(repo: Path) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "speck-writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("waiting for another speck or DVC command in this repository")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -171,4 +217,5 @@ def _failure(name: str, finished: subprocess.CompletedProcess[str], command: str
     # DVC ends with which stage failed; what the stage said stands before.
     causes = [line for line in last.splitlines() if not line.startswith("ERROR: failed to reproduce")]
     cause = causes[-1].strip() if causes else f"status {finished.returncode}"
-    return VersioningFailed(f"dataset {name!r}: `dvc {command} {stage_name(name)}` failed: {cause}\n{last}")
+    hint = f". `speck data check {name}` tells what is wrong with the raw data" if command == "repro" else ""
+    return VersioningFailed(f"dataset {name!r}: `dvc {command} {stage_name(name)}` failed: {cause}{hint}\n{last}")

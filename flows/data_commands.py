@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -65,8 +66,7 @@ def check(
     problems = problems_of(name, REPO)
     errors = sum(problem.severity == "error" for problem in problems)
     if as_json:
-        found = [asdict(problem) for problem in problems]
-        print_json(found if fixed is None else {"fixed": fixed, "problems": found})
+        print_json({"fixed": fixed or {}, "errors": errors, "problems": [asdict(problem) for problem in problems]})
     else:
         for problem in problems:
             typer.echo(str(problem))
@@ -142,30 +142,57 @@ def restore(name: str, version: VersionArgument) -> None:
 
 @data_app.command()
 def push(names: NamesArgument = None) -> None:
-    """Send datasets' versions to the DVC remote."""
+    """Send datasets' versions to the DVC remote; without names, all that are in this repository's cache."""
+    from data.remote import is_cached
     from data.remote import push as send
     from flows.settings import REPO
 
-    for name in names or _versioned():
-        typer.echo(f"{name}: version {send(name, REPO)} is in the remote")
+    chosen = names or [name for name in _versioned() if is_cached(name, REPO)]
+    _each(chosen, lambda name: f"version {send(name, REPO)} is in the remote")
 
 
 @data_app.command()
 def pull(names: NamesArgument = None) -> None:
-    """Fetch the versions that dvc.lock records from the DVC remote, and put them into data/processed."""
+    """Fetch the versions that dvc.lock records from the DVC remote, and put them into data/processed.
+
+    Without names, all that the remote has.
+    """
+    from data.remote import IN_REMOTE, require_remote_states
     from data.remote import pull as fetch
     from flows.settings import REPO
 
-    for name in names or _versioned():
-        typer.echo(f"{name}: data/processed/{name} holds version {fetch(name, REPO)}")
+    if not names:
+        states = require_remote_states(_versioned(), REPO)
+        names = [name for name, state in states.items() if state == IN_REMOTE]
+        for name in states.keys() - {*names}:
+            typer.echo(f"{name}: {states[name]}")
+    _each(names, lambda name: f"data/processed/{name} holds version {fetch(name, REPO)}")
 
 
-def _versioned() -> list[str]:
+def _versioned() -> dict[str, str]:
+    """Version by dataset, of those that have one."""
     from data.card import card_names
     from data.versioning import current_version
     from flows.settings import REPO
 
-    return [name for name in card_names(REPO / "data" / "catalog") if current_version(name, REPO) is not None]
+    found = {name: current_version(name, REPO) for name in card_names(REPO / "data" / "catalog")}
+    return {name: version.version for name, version in found.items() if version is not None}
+
+
+def _each(names: list[str], action: Callable[[str], str]) -> None:
+    """Do it for every dataset, whatever becomes of the others; exit code 1 if one failed."""
+    from data.objects import StoreError
+    from data.versioning import VersioningFailed
+
+    failed = False
+    for name in names:
+        try:
+            typer.echo(f"{name}: {action(name)}")
+        except (StoreError, VersioningFailed) as error:
+            failed = True
+            typer.echo(f"{name}: {type(error).__name__}: {error}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @data_app.command()

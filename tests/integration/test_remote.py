@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -26,7 +27,7 @@ from data.remote import NoRemote, PushFailed, cache_folder, pull, push, remote_s
 from data.report import LOCK, report_folder
 from data.restore import UnknownVersion, UnversionedChanges, known_versions, restore
 from data.store import materialise
-from data.versioning import current_version, version_dataset
+from data.versioning import VersioningFailed, current_version, one_writer, planned_version, version_dataset
 from flows.data_commands import data_app
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,48 @@ def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -
     for path in (tmp_path / "remote/files/md5").rglob("*"):
         assert path.is_dir() or not path.samefile(cache_folder(repo) / path.relative_to(tmp_path / "remote"))
     assert all(path.stat().st_mode & 0o222 == 0 for path in (repo / "data/processed").rglob("*") if path.is_file())
+
+
+def test_a_clone_without_the_raw_data_uses_what_it_pulled(repo: Path, tmp_path: Path) -> None:
+    version = prepare(repo, "a", "b", "c")
+    dvc(repo, "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    push("tiny", repo)
+    fresh_clone(repo)
+    shutil.rmtree(repo / "data/raw/tiny")
+    with pytest.raises(VersioningFailed, match=r"data/raw/tiny is missing, and .* `speck data pull tiny`"):
+        version_dataset("tiny", repo)
+    pull("tiny", repo)
+    found, planned = version_dataset("tiny", repo), planned_version("tiny", repo)
+    assert planned is not None
+    assert (found.version, found.regenerated, planned.version) == (version, False, version)
+    (repo / "data/processed/tiny/images/a.png").unlink()
+    with pytest.raises(VersioningFailed, match=r"is not the version of dvc\.lock"):
+        version_dataset("tiny", repo)
+
+
+def test_what_the_remote_lost_is_sent_again(repo: Path, tmp_path: Path) -> None:
+    """DVC takes the files for granted where their list is there."""
+    version = prepare(repo, "a", "b", "c")
+    dvc(repo, "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    push("tiny", repo)
+    before, objects = tree(repo), sorted((tmp_path / "remote/files/md5").glob("*/*"))
+    gone, cut, *_ = [path for path in objects if path.suffix != ".dir"]
+    gone.unlink()
+    cut.chmod(0o644)
+    cut.write_bytes(b"")
+    assert push("tiny", repo) == version
+    fresh_clone(repo)
+    assert pull("tiny", repo) == version
+    assert tree(repo) == before
+
+
+def test_who_waits_says_so(repo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with one_writer(repo):
+        waiting = threading.Thread(target=lambda: prepare(repo, "a", "b", "c"))
+        waiting.start()
+        wait_for(lambda: "waiting for another speck or DVC command" in caplog.text)
+    waiting.join()
+    assert "waiting for another speck or DVC command in this repository" in caplog.text
 
 
 def test_wrong_bytes_in_the_remote_or_the_cache_never_reach_the_prepared_files(repo: Path, tmp_path: Path) -> None:
@@ -278,9 +321,9 @@ def test_the_commands(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = prepare(repo, "a", "b", "c")
     second = prepare(repo, "aa", "b", "c")
 
-    def speck(*arguments: str) -> str:
+    def speck(*arguments: str, exit_code: int = 0) -> str:
         answer = CliRunner().invoke(data_app, arguments, catch_exceptions=False)
-        assert answer.exit_code == 0
+        assert answer.exit_code == exit_code
         return answer.stdout
 
     assert speck("diff", "tiny", first[:6], "current").splitlines() == [
@@ -296,7 +339,9 @@ def test_the_commands(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert speck("push") == f"tiny: version {second} is in the remote\n"
     assert speck("list").rstrip().endswith("in the remote")
     fresh_clone(repo)
-    assert speck("pull", "tiny") == f"tiny: data/processed/tiny holds version {second}\n"
+    assert speck("push") == "", "there is nothing here"
+    assert speck("pull", "absent", "tiny", exit_code=1) == f"tiny: data/processed/tiny holds version {second}\n"
+    assert speck("pull") == f"tiny: data/processed/tiny holds version {second}\n"
     first = prepare(repo, "a", "b", "c")
     said = speck("restore", "tiny", second)
     assert f"hold version {second}" in said
@@ -340,6 +385,33 @@ def test_a_killed_pull_shows_nothing_and_is_taken_up(repo: Path, proxy: FaultPro
     assert tree(repo) == before
     fetched = sum("/files/md5/" in path and path[-4:] != ".dir" for _, path in proxy.requests.elements())
     assert fetched <= 63 - num_fetched, "what had arrived is not fetched again"
+
+
+@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
+def test_a_server_that_dies_during_a_push_ends_it(
+    repo: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC itself waits for ever; what arrived is taken up by the next push."""
+    monkeypatch.setattr("data.versioning.WATCH_S", 2.0)
+    prepare(repo, *(f"picture{number}" for number in range(60)))
+    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
+    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
+    proxy.delay_s = 0.2
+    closing = threading.Thread(target=lambda: (wait_for(lambda: num_put(proxy) > 10), proxy.close()))
+    closing.start()
+    with pytest.raises(SourceUnavailable, match=rf"{proxy.url}: "):
+        push("tiny", repo)
+    closing.join()
+
+
+def num_put(proxy: FaultProxy) -> int:
+    return sum(count for (method, path), count in proxy.requests.items() if method == "PUT" and "/files/md5/" in path)
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def no_secret(message: str) -> None:

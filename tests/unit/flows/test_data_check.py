@@ -57,7 +57,7 @@ def test_errors_are_exit_code_1_as_text_and_as_json(repo: Path) -> None:
     assert "val.json:2:17: error: not JSON: Expecting value. Write it again" in result.output
     result = run("--json")
     assert result.exit_code == 1
-    (error,) = [problem for problem in json.loads(result.output) if problem["severity"] == "error"]
+    (error,) = [problem for problem in json.loads(result.output)["problems"] if problem["severity"] == "error"]
     assert (error["line"], error["column"], Path(error["path"]).name) == (2, 17, "val.json")
     assert set(error) == {"path", "line", "column", "rule", "remedy", "severity"}
 
