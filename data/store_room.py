@@ -114,11 +114,13 @@ def locked(path: Path, how: int) -> Iterator[None]:
 def freed_bytes(places: Iterable[Path]) -> int:
     """Disk space that is free once these folders are deleted; files that have another name elsewhere stay."""
     total = 0
-    for path in (path for place in places for path in place.rglob("*")):
-        with suppress(FileNotFoundError):
-            status = path.lstat()
-            if status.st_nlink == 1:
-                total += status.st_blocks * 512
+    # `walk` goes on where another process removes a folder, or gives it its final name.
+    for folder, _, names in (found for place in places for found in os.walk(place)):
+        for name in names:
+            with suppress(FileNotFoundError):
+                status = os.lstat(os.path.join(folder, name))
+                if status.st_nlink == 1:
+                    total += status.st_blocks * 512
     return total
 
 

@@ -14,7 +14,7 @@ import pytest
 import data.store
 from data.objects import MARKER, CorruptObject, MissingObject, Objects, UnsupportedSource
 from data.store import DiskFull, default_max_bytes, default_root, materialise
-from data.store_room import make_room, remove, stored_versions
+from data.store_room import freed_bytes, make_room, remove, stored_versions
 
 FILES = {"images/a.jpg": b"picture a", "images/sub/b.jpg": b"picture b", "annotations/train.json": b"{}", "empty": b""}
 
@@ -276,6 +276,20 @@ def test_a_version_that_is_used_since_it_was_listed_stays(tmp_path: Path) -> Non
     materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
     assert not remove(listed)
     assert _visible(tmp_path / "node") == [version]
+
+
+def test_a_folder_that_vanishes_while_it_is_measured_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+    (tmp_path / "images").mkdir()
+    (tmp_path / "image.jpg").write_bytes(bytes(100_000))
+
+    def vanishing(path: Path) -> object:
+        return scan(path if Path(path) == tmp_path else tmp_path / "gone")
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert freed_bytes([tmp_path]) >= 100_000
 
 
 def test_what_another_user_owns_is_not_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
