@@ -34,7 +34,7 @@ def prepare(name: str, repo: Path) -> Path:
     """
     card = load_card(name, repo / "data" / "catalog")
     raw, destination = repo / "data" / "raw" / name, repo / "data" / "processed" / name
-    with _replaced(destination) as folder:
+    with replaced(destination) as folder:
         (folder / IMAGES).mkdir(parents=True)
         (folder / ANNOTATIONS).mkdir()
         splits = _WRITERS[card.format](card, raw, folder / IMAGES)
@@ -67,8 +67,8 @@ _WRITERS: dict[str, Writer] = {**dict.fromkeys(READERS, _copy), "procedural": re
 
 
 @contextmanager
-def _replaced(destination: Path) -> Iterator[Path]:
-    """Yield a sibling folder that takes the destination's place on success and vanishes on failure."""
+def replaced(destination: Path) -> Iterator[Path]:
+    """Yield a sibling folder that takes the destination's place on success and vanishes on failure; others wait."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (destination.with_name(f".{destination.name}.{suffix}") for suffix in ("partial", "old"))
     with FileLock(destination.with_name(f".{destination.name}.lock")):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 
 from data.images import threads
 from data.objects import MARKER, CorruptObject, FolderObjects, MissingObject, md5_of
+from data.prepare import replaced
 from data.remote import NoRemote, cache_folder, fetch_version
 from data.report import LOCK, report_folder
 from data.store import fill
@@ -80,7 +80,9 @@ def find_version(asked: str, name: str, repo: Path) -> str:
     listed = ", ".join(version[:12] for version in reversed(known)) or "none"
     raise UnknownVersion(
         f"{asked!r} must begin exactly one version of dataset {name!r}; {'several do' if matching else 'none does'}. "
-        f"Known, newest first: {listed}. `dvc fetch --run-cache` brings what others have pushed"
+        f"Known, newest first: {listed}. `dvc fetch --run-cache` brings what others have pushed; of a "
+        f"version that a run in MLflow was trained on, put the artifact data/{name}/{LOCK} into "
+        f"data/reports/{name}/<version>/"
     )
 
 
@@ -99,25 +101,15 @@ def restore(name: str, asked: str, repo: Path) -> Restored:
     version = find_version(asked, name, repo)
     entry = known_versions(name, repo)[version]
     with one_writer(repo) as lock:
-        _require_versioned(name, repo)
-        partial = repo / "data" / "processed" / f".{name}.partial"
-        old = partial.with_suffix(".old")
-        try:
+        # A plain `dvc repro` knows nothing of `one_writer`.
+        with replaced(repo / "data" / "processed" / name) as partial:
+            _require_versioned(name, repo)
             _fill(partial, version, repo)
-            destination = repo / "data" / "processed" / name
-            shutil.rmtree(old, ignore_errors=True)
-            if destination.exists():
-                destination.rename(old)
-            partial.rename(destination)
-            _record(name, entry, repo)
-        finally:
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+        _record(name, entry, repo)
         return Restored(version, _changed_deps(name, repo, lock))
 
 
 def _fill(folder: Path, version: str, repo: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
     cache = FolderObjects(cache_folder(repo))
     try:
         fill(folder, version, cache)

@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data.objects import MARKER, MD5, Objects, StoreError, fetch_verified, file_list, md5_of, open_objects
-from data.store_room import make_room
+from data.store_room import lock_file, locked, make_room
 
 NAME = re.compile("[a-z0-9][a-z0-9-]*")
 # A request waits for the network most of the time.
 _NUM_THREADS = 16
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 # Descriptors whose shared locks say which versions this process uses, by folder. Its end closes them.
 _in_use: dict[Path, int] = {}
 
@@ -50,14 +51,18 @@ def materialise(name: str, version: str, *, source: str, root: Path, max_bytes: 
     """Return `<root>/<name>/<version>/` with exactly that version's files, each compared with its md5.
 
     The first process on a node does the work, the others wait for it and return its result. What an interrupted call
-    had fetched is compared again and kept. Until the caller's process ends, nobody evicts the version. With
-    `max_bytes`, the versions that were used least recently go once this one is there, with their decoded pictures.
+    had fetched is compared again and kept. Until the caller's process ends, nobody evicts the version; if a person
+    deletes it all the same, the next call makes it again.
+
+    Versions that no process uses go, with their decoded pictures: those used least recently while the store is larger
+    than `max_bytes`, which each process looks at when it asks for a version first, for pictures are added later; and
+    all of them, limit or not, if the disk is full. They are copies, which their source gives again.
 
     Raises:
         UnsupportedSource: see `open_objects`.
         MissingObject, CorruptObject: the source is incomplete or damaged.
         SourceUnavailable: the source refuses, or did not answer again and again.
-        DiskFull: there is no room.
+        DiskFull: there is no room, with nothing left to evict.
         ValueError: name or version is not well-formed.
     """
     if not NAME.fullmatch(name) or not MD5.fullmatch(version):
@@ -67,45 +72,48 @@ def materialise(name: str, version: str, *, source: str, root: Path, max_bytes: 
         objects = open_objects(source)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # For reading, so that several users can share a store.
-        descriptor = os.open(folder.with_name(f".{version}.lock"), os.O_RDONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(lock_file(folder), os.O_RDONLY | os.O_CREAT, 0o644)
         try:
-            is_new = _hold(descriptor, folder, objects)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if not (folder / MARKER).exists():
+                _make(folder, objects)
         except BaseException:
             os.close(descriptor)
             raise
+        previous = _in_use.pop(folder, None)
         _in_use[folder] = descriptor
-        if is_new and max_bytes is not None:
+        if previous is not None:
+            os.close(previous)
+        if max_bytes is not None:
             make_room(root, max_bytes)
     if os.access(folder / MARKER, os.W_OK):
         os.utime(folder / MARKER)
     return folder
 
 
-def _hold(descriptor: int, folder: Path, objects: Objects) -> bool:
-    """Make the folder if it is not there, lock it against eviction, and return whether it was made."""
-    is_new = False
-    while True:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+def _make(folder: Path, objects: Objects) -> None:
+    """Make the folder, unless another process does it first, under the lock against eviction."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    # Not the lock against eviction: that is held for as long as they live by all who use a version that was deleted.
+    with locked(folder.with_name(f".{folder.name}.making"), fcntl.LOCK_EX):
         if (folder / MARKER).exists():
-            return is_new
-        # This gives the shared lock up first, so two who want to make the folder take turns.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not (folder / MARKER).exists():
-            partial = folder.with_name(f".{folder.name}.partial")
-            # What an eviction left that was interrupted.
-            shutil.rmtree(folder, ignore_errors=True)
+            return
+        # What an eviction left that was interrupted.
+        shutil.rmtree(folder, ignore_errors=True)
+        while True:
             try:
                 fill(partial, folder.name, objects)
+                break
             except OSError as error:
-                if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                if error.errno not in _FULL:
                     raise
-                shutil.rmtree(partial, ignore_errors=True)
-                raise DiskFull(
-                    f"{folder}: no room left ({error.strerror}). Free space with `speck gc --delete`, or name a store "
-                    "on a larger disk: SPECK_STORE"
-                ) from error
-            partial.rename(folder)
-            is_new = True
+                if not make_room(folder.parents[1], max_bytes=0):
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise DiskFull(
+                        f"{folder}: no room left ({error.strerror}). Free space with `speck gc --delete`, or name a "
+                        "store on a larger disk: SPECK_STORE"
+                    ) from error
+        partial.rename(folder)
 
 
 def fill(folder: Path, version: str, objects: Objects) -> None:

@@ -201,6 +201,9 @@ def models(
 @app.command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Free it; without, it is only shown.")] = False,
+    unpushed: Annotated[
+        bool, typer.Option("--unpushed", help="Dataset versions, too, that no remote is known to have.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what lies on this machine's disks that no run and no version needs, and free it with --delete."""
@@ -213,21 +216,25 @@ def gc(
     settings = Settings()
     garbage = find_garbage(settings, REPO, default_root())
     kinds = by_kind(garbage)
-    freed = free(garbage, settings, REPO) if delete else []
+    chosen = [one for one in garbage if unpushed or not one.is_only_copy]
+    total = sum(found.size_bytes for found in by_kind(chosen).values()) / 2**20
+    freed = free(chosen, settings, REPO, default_root()) if delete else []
     if as_json:
         print_json({"kinds": {kind: asdict(found) for kind, found in kinds.items()}, "freed": len(freed)})
         return
     for kind, found in kinds.items():
         typer.echo(f"{found.size_bytes / 2**20:10.1f} MiB  {found.count:5} x {kind}: {', '.join(found.names)}")
-    total = sum(found.size_bytes for found in kinds.values()) / 2**20
     if not garbage:
         typer.echo("nothing: all that is there is needed, or younger than an hour")
         return
+    if len(chosen) < len(garbage):
+        only_copies = len(garbage) - len(chosen)
+        typer.echo(f"dataset versions that may have no other copy and stay without --unpushed: {only_copies}")
     if not delete:
         typer.echo(f"{total:10.1f} MiB  would be free; delete with `speck gc --delete`")
         return
-    kept = f"; {len(garbage) - len(freed)} are in use by now and stay" if len(freed) < len(garbage) else ""
-    typer.echo(f"{total:10.1f} MiB  to free, {len(freed)} of {len(garbage)} deleted{kept}")
+    kept = f"; {len(chosen) - len(freed)} are in use or needed by now and stay" if len(freed) < len(chosen) else ""
+    typer.echo(f"{total:10.1f} MiB  to free, {len(freed)} of {len(chosen)} deleted{kept}")
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

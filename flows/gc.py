@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 
-from data.store_room import StoredVersion, remove, stored_versions
-from data.unneeded import current_versions, killed_imports, unneeded_objects
+from data.importing import remove
+from data.store_room import remove as remove_version
+from data.store_room import stored_versions
+from data.unneeded import current_versions, killed_imports, remove_leftover, unneeded_versions
 from data.versioning import one_writer
 from flows.lease import EXPIRES_AFTER_S
 from flows.settings import Settings
@@ -35,12 +39,16 @@ class UnreadableRecord(RuntimeError):
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something nobody needs. `free` deletes it and says whether it did; what is in use meanwhile stays."""
+    """Something nobody needs. `free` deletes it and says whether it did; what is in use meanwhile stays.
+
+    `is_only_copy`: a dataset version that no remote is known to have.
+    """
 
     kind: str
     name: str
     paths: tuple[Path, ...]
-    free: Callable[[], bool]
+    free: Callable[[], bool] = field(compare=False)
+    is_only_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,25 @@ def find_garbage(settings: Settings, repo: Path, store: Path) -> list[Garbage]:
     """
     needs = _needs(settings, repo)
     found = [*_store(store, needs.versions), *_cache(repo, needs.versions), *_runs(settings, needs)]
-    found += [_tree("leftover of a killed import", path) for path in killed_imports(repo)]
+    found += _leftovers(repo)
     newest_s = time.time() - MIN_AGE_S
     return [garbage for garbage in found if _changed_s(garbage.paths) < newest_s]
 
 
-def free(garbage: Iterable[Garbage], settings: Settings, repo: Path) -> list[Garbage]:
-    """Delete garbage and return what was deleted. Raises RunsAtWork while a flow holds a cell."""
+def free(garbage: Iterable[Garbage], settings: Settings, repo: Path, store: Path) -> list[Garbage]:
+    """Delete what is garbage still, the same files, and return what was deleted.
+
+    Raises: see `find_garbage`; RunsAtWork while a flow holds a cell.
+    """
     leases = (settings.home / "leases").glob("*.json")
     for path in leases:
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime < EXPIRES_AFTER_S:
                 raise RunsAtWork(f"{path.stem} is being worked on. Free space when no flow runs, or stop it")
+    chosen = set(garbage)
     with one_writer(repo):
-        return [one for one in garbage if one.free()]
+        # Looked at anew: a version may have been restored since, or be needed by a run that began.
+        return [one for one in find_garbage(settings, repo, store) if one in chosen and one.free()]
 
 
 def by_kind(garbage: Iterable[Garbage]) -> dict[str, Freed]:
@@ -139,25 +152,18 @@ def _store(root: Path, needed: set[str]) -> Iterator[Garbage]:
         if stored.version not in needed:
             pictures = [folder for folder in stored.folders if folder.parent.name == ".pictures"]
             kind = "decoded pictures" if len(pictures) == len(stored.folders) else "dataset version in the store"
-            yield Garbage(kind, stored.version, stored.folders, _remover(stored))
-
-
-def _remover(stored: StoredVersion) -> Callable[[], bool]:
-    return lambda: remove(stored)
+            yield Garbage(kind, stored.version, stored.folders, partial(remove_version, stored))
 
 
 def _cache(repo: Path, needed: set[str]) -> Iterator[Garbage]:
-    for version, paths in unneeded_objects(needed, repo).items():
-        yield Garbage("dataset version in DVC's cache", version, tuple(paths), _unlinker(paths))
+    for one in unneeded_versions(needed, repo):
+        kind = "dataset version in DVC's cache" + (f", {one.remote}" if one.is_only_copy else "")
+        yield replace(_together(kind, one.version, one.paths), is_only_copy=one.is_only_copy)
 
 
-def _unlinker(paths: list[Path]) -> Callable[[], bool]:
-    def unlink() -> bool:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        return True
-
-    return unlink
+def _leftovers(repo: Path) -> Iterator[Garbage]:
+    for path in killed_imports(repo):
+        yield replace(_tree("leftover of a killed import", path), free=partial(remove_leftover, path, repo))
 
 
 def _runs(settings: Settings, needs: _Needs) -> Iterator[Garbage]:
@@ -187,27 +193,28 @@ def _tree(kind: str, path: Path) -> Garbage:
 def _together(kind: str, name: str, paths: list[Path]) -> Garbage:
     def delete() -> bool:
         for path in paths:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
         return True
 
     return Garbage(kind, name, tuple(paths), delete)
 
 
-def _changed_s(paths: Iterable[Path]) -> float:
-    """When the youngest file was made or changed; read-only objects of a cache keep the time they were made."""
+def _changed_s(paths: tuple[Path, ...]) -> float:
+    """When the youngest file was changed, or one of the paths, if it is a folder or link, made or renamed.
+
+    A copy's files may be older than the copy. A file's own ctime would tell of every hard link that comes and goes.
+    """
     times = [0.0]
-    for path in _files(paths):
+    for path in (*paths, *_files(paths)):
         with suppress(FileNotFoundError):
-            times.append(path.lstat().st_mtime)
+            status = path.lstat()
+            times.append(status.st_mtime if S_ISREG(status.st_mode) else max(status.st_mtime, status.st_ctime))
     return max(times)
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir() and not path.is_symlink():
-            yield from (inner for inner in path.rglob("*") if not inner.is_dir())
+            yield from (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
         else:
             yield path

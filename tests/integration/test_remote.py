@@ -127,7 +127,7 @@ def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -
     assert not version_dataset("tiny", repo).regenerated, "DVC finds nothing to do"
     for path in (tmp_path / "remote/files/md5").rglob("*"):
         assert path.is_dir() or not path.samefile(cache_folder(repo) / path.relative_to(tmp_path / "remote"))
-    assert all(path.stat().st_mode & 0o222 == 0 for path in (repo / "data/processed").rglob("*") if path.is_file())
+    assert all(path.stat().st_mode & 0o222 == 0 for path in (repo / "data/processed/tiny").rglob("*") if path.is_file())
 
 
 def test_a_clone_without_the_raw_data_uses_what_it_pulled(repo: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_an_earlier_version_is_compared_and_restored(repo: Path, tmp_path: Path)
     found = current_version("tiny", repo)
     assert found is not None
     assert found.version == first
-    assert [path.name for path in (repo / "data/processed").iterdir() if path.name != ".gitignore"] == ["tiny"]
+    assert {path.name for path in (repo / "data/processed").iterdir()} == {".gitignore", ".tiny.lock", "tiny"}
     (repo / "data/raw/tiny/list.txt").write_text("a\nb\nc\nd")
     assert not version_dataset("tiny", repo).regenerated
     assert restore("tiny", second, repo).version == second

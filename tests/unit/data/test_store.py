@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import data.store
 from data.objects import MARKER, CorruptObject, MissingObject, Objects, UnsupportedSource
 from data.store import DiskFull, default_max_bytes, default_root, materialise
-from data.store_room import stored_versions
+from data.store_room import freed_bytes, make_room, remove, stored_versions
 
 FILES = {"images/a.jpg": b"picture a", "images/sub/b.jpg": b"picture b", "annotations/train.json": b"{}", "empty": b""}
 
@@ -165,9 +166,27 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path, monkeyp
     monkeypatch.setattr("data.store.fetch_verified", until_full)
     with pytest.raises(DiskFull, match=rf"{version}: no room left .*`speck gc --delete`.* SPECK_STORE"):
         materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
-    assert [path.name for path in (tmp_path / "node/tiny").iterdir()] == [f".{version}.lock"]
+    assert {path.name for path in (tmp_path / "node/tiny").iterdir()} == {f".{version}.lock", f".{version}.making"}
     monkeypatch.undo()
     materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
+
+
+def test_a_full_disk_is_freed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the disk is full while the first version is there."""
+    source, node = tmp_path / "cache", tmp_path / "node"
+    unused, used, new = (_store(source, {"image.jpg": content}, mode=0o644) for content in (b"1", b"2", b"3"))
+    _other_process(unused, source, node, 10**12)
+    materialise("tiny", used, source=str(source), root=node)
+    fetch = data.store.fetch_verified
+
+    def until_full(objects: Objects, md5: str, target: Path) -> None:
+        if (node / "tiny" / unused).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fetch(objects, md5, target)
+
+    monkeypatch.setattr("data.store.fetch_verified", until_full)
+    materialise("tiny", new, source=str(source), root=node)
+    assert sorted(_visible(node)) == sorted([used, new])
 
 
 @pytest.mark.parametrize(("text", "expected"), [("", None), ("2", 2**31), ("0.5", 2**29)])
@@ -190,6 +209,14 @@ import sys
 from pathlib import Path
 from data.store import materialise
 materialise("tiny", sys.argv[1], source=sys.argv[2], root=Path(sys.argv[3]), max_bytes=int(sys.argv[4]))
+"""
+
+DELETE_TWICE = """
+import shutil, sys
+from pathlib import Path
+from data.store import materialise
+for _ in range(2):
+    shutil.rmtree(materialise("tiny", sys.argv[1], source=sys.argv[2], root=Path(sys.argv[3])))
 """
 
 
@@ -227,6 +254,69 @@ def test_what_is_linked_takes_no_room_and_is_not_evicted_in_vain(tmp_path: Path)
         _other_process(version, source, node, 50_000)
     assert {stored.version for stored in stored_versions(node)} == set(versions)
     assert all(stored.size_bytes < 10_000 for stored in stored_versions(node))
+
+
+def test_pictures_that_came_later_count_in_the_next_process(tmp_path: Path) -> None:
+    source, node = tmp_path / "cache", tmp_path / "node"
+    versions = [_store(source, {"image.jpg": bytes([number])}, mode=0o644) for number in range(2)]
+    for version in versions:
+        _other_process(version, source, node, 1_000_000)
+        (node / ".pictures" / version).mkdir(parents=True)
+        (node / ".pictures" / version / "train").write_bytes(bytes(700_000))
+    _other_process(versions[1], source, node, 1_000_000)
+    assert _visible(node) == [versions[1]]
+    assert [path.name for path in (node / ".pictures").iterdir()] == [versions[1]]
+
+
+def test_a_version_that_is_used_since_it_was_listed_stays(tmp_path: Path) -> None:
+    version = _store(tmp_path / "cache")
+    _other_process(version, tmp_path / "cache", tmp_path / "node", 10**12)
+    (tmp_path / "node/tiny" / f".{version}.lock").unlink()
+    (listed,) = stored_versions(tmp_path / "node")
+    materialise("tiny", version, source=str(tmp_path / "cache"), root=tmp_path / "node")
+    assert not remove(listed)
+    assert _visible(tmp_path / "node") == [version]
+
+
+def test_a_folder_that_vanishes_while_it_is_measured_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+    (tmp_path / "images").mkdir()
+    (tmp_path / "image.jpg").write_bytes(bytes(100_000))
+
+    def vanishing(path: Path) -> object:
+        return scan(path if Path(path) == tmp_path else tmp_path / "gone")
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert freed_bytes([tmp_path]) >= 100_000
+
+
+def test_what_another_user_owns_is_not_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = _store(tmp_path / "cache", {"image.jpg": bytes(100_000)}, mode=0o644)
+    _other_process(version, tmp_path / "cache", tmp_path / "node", 10**12)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert make_room(tmp_path / "node", 0) == []
+
+
+def test_a_copy_that_was_deleted_by_hand_is_made_again(tmp_path: Path) -> None:
+    """By another process while this one holds it, and by this one."""
+    source, node = tmp_path / "cache", tmp_path / "node"
+    version, other = _store(source, mode=0o644), _store(source, {"image.jpg": b"other"}, mode=0o644)
+    folder = materialise("tiny", version, source=str(source), root=node)
+    shutil.rmtree(folder)
+    _other_process(version, source, node, 10**12)
+    assert (folder / "images/a.jpg").read_bytes() == FILES["images/a.jpg"]
+    subprocess.run([sys.executable, "-c", DELETE_TWICE, version, str(source), str(node)], check=True, timeout=60)
+    assert not folder.exists()
+    shutil.rmtree(node)
+    assert materialise("tiny", version, source=str(source), root=node) == folder
+    _other_process(other, source, node, 1)
+    assert sorted(_visible(node)) == sorted([version, other]), "this process holds it still"
 
 
 def test_an_interrupted_eviction_leaves_no_version_behind(tmp_path: Path) -> None:

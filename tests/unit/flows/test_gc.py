@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import store
+from filelock import FileLock
+from typer.testing import CliRunner
 
 import flows.gc
 from data.store import MARKER
+from flows.cli import app
 from flows.gc import Garbage, RunsAtWork, UnreadableRecord, by_kind, find_garbage, free
 from flows.plan import plan_cell
 from flows.settings import Settings
@@ -44,11 +47,15 @@ def repo(tmp_path: Path) -> Path:
     (repo / "data/catalog").mkdir(parents=True)
     card = {"name": "tiny-squares", "description": "d", "licence": "l", "format": "coco", "source": "s"}
     (repo / "data/catalog/tiny-squares.yaml").write_text(yaml.safe_dump(card | {"classes": ["bright", "dark"]}))
+    (repo / ".dvc").mkdir()
+    (repo / ".dvc/config").write_text(f"[core]\nremote = storage\n['remote \"storage\"']\nurl = {tmp_path}/remote\n")
     return repo
 
 
-def prepare(repo: Path, node: Path, *contents: str, is_current: bool = False, is_recorded: bool = True) -> str:
-    """Put a version into DVC's cache, with DVC's record of it, and into the node's store."""
+def prepare(
+    repo: Path, node: Path, *contents: str, is_current: bool = False, is_recorded: bool = True, is_pushed: bool = True
+) -> str:
+    """Put a version into DVC's cache, with DVC's record of it, into the remote and into the node's store."""
     folder = repo / "made"
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
@@ -56,6 +63,8 @@ def prepare(repo: Path, node: Path, *contents: str, is_current: bool = False, is
     for content in contents:
         (folder / f"{content}.png").write_text(content)
     version = store(folder, repo / ".dvc/cache")
+    if is_pushed:
+        store(folder, repo.parent / "remote")
     output = {"path": "data/processed/tiny-squares", "md5": f"{version}.dir", "nfiles": len(contents), "size": 1}
     entry = {"cmd": "prepare", "deps": [], "outs": [output]}
     if is_recorded:
@@ -130,8 +139,10 @@ def test_what_is_needed_survives_and_the_rest_is_freed(
     half_done = run(begun, settings, None)
     before = [plan_cell(spec, settings).state for spec in (finished, begun)]
     assert before == ["cached", "resume"]
-    for leftover in ("data/raw/.x.partial", "data/processed/.y.old"):
+    for leftover in ("data/raw/.x.partial", "data/raw/.x.fixed", "data/processed/.y.old", "data/processed/y"):
         (repo / leftover).mkdir(parents=True)
+    (repo / "data/raw/x").symlink_to(repo)
+    (repo / "data/raw/.x.old").symlink_to(repo)
     (settings.storage / finished.run_key / "artifacts.partial").mkdir()
 
     garbage = find_garbage(settings, repo, node)
@@ -142,17 +153,17 @@ def test_what_is_needed_survives_and_the_rest_is_freed(
         "warm-start weights": ["6" * 64 + ".safetensors"],
         "checkpoints of a finished run": [finished.run_key],
         "superseded run": [finished.run_key],
-        "leftover of a killed import": ["x.partial", "y.old"],
+        "leftover of a killed import": ["x.fixed", "x.old", "x.partial", "y.old"],
         "leftover of a killed run": ["artifacts.partial"],
     }
-    assert free(garbage, settings, repo) == garbage
+    assert free(garbage, settings, repo, node) == garbage
     assert find_garbage(settings, repo, node) == []
 
     assert [plan_cell(spec, settings).state for spec in (finished, begun)] == before
     assert warm_start_path(settings.storage, WARM).is_file()
     assert (half_done / "checkpoint_1/manifest.json").is_file()
     assert [path.name for path in aside.iterdir()] == ["attempts"], "numbers of attempts are not given away again"
-    assert {path.name for path in (node / "tiny-squares").iterdir()} == {trained, registered, current, half}
+    assert {path.name for path in (node / "tiny-squares").glob("[!.]*")} == {trained, registered, current, half}
     assert {path.name for path in (node / ".pictures").iterdir()} == {trained, registered, current, half}
     left = {path.read_text() for path in (repo / ".dvc/cache/files").rglob("*") if path.is_file()}
     assert left >= {"shared", "trained", "registered", "current", "foreign", "half"}
@@ -215,9 +226,9 @@ def test_nothing_is_freed_while_a_cell_is_worked_on(settings: Settings, repo: Pa
     lease.parent.mkdir(parents=True)
     lease.touch()
     with pytest.raises(RunsAtWork, match="abc is being worked on"):
-        free([], settings, repo)
+        free([], settings, repo, node)
     os.utime(lease, (1, 1))
-    assert free([], settings, repo) == []
+    assert free([], settings, repo, node) == []
 
 
 def test_what_is_young_stays(settings: Settings, repo: Path, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +236,87 @@ def test_what_is_young_stays(settings: Settings, repo: Path, node: Path, monkeyp
     leftover = repo / "data/raw/.x.partial"
     leftover.mkdir(parents=True)
     (leftover / "image.png").touch()
-    assert find_garbage(settings, repo, node) == []
-    os.utime(leftover / "image.png", (time.time() - 4000,) * 2)
+    for path in (leftover / "image.png", leftover):
+        assert find_garbage(settings, repo, node) == []
+        os.utime(path, (time.time() - 4000,) * 2)
+    assert find_garbage(settings, repo, node) == [], "an old copy has just been put there"
+    later_s = time.time() + 4000
+    monkeypatch.setattr(time, "time", lambda: later_s)
     assert kinds(find_garbage(settings, repo, node)) == {"leftover of a killed import": ["x.partial"]}
+
+
+@pytest.mark.parametrize("folder", ["raw", "processed"])
+def test_what_may_be_the_only_copy_stays(settings: Settings, repo: Path, node: Path, folder: str) -> None:
+    """A fix that was killed between two renamings takes it up again."""
+    old = repo / "data" / folder / ".x.old"
+    old.mkdir(parents=True)
+    assert find_garbage(settings, repo, node) == []
+    (repo / "data" / folder / "x").mkdir()
+    garbage = find_garbage(settings, repo, node)
+    assert kinds(garbage) == {"leftover of a killed import": ["x.old"]}
+    (repo / "data" / folder / "x").rmdir()
+    assert not garbage[0].free()
+    assert old.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("leftover", "lock"),
+    [("data/raw/.x.fixed", ".dvc/tmp/speck-import-x.lock"), ("data/processed/.x.partial", "data/processed/.x.lock")],
+)
+def test_what_somebody_is_making_stays(settings: Settings, repo: Path, node: Path, leftover: str, lock: str) -> None:
+    (repo / leftover).mkdir(parents=True)
+    garbage = find_garbage(settings, repo, node)
+    with FileLock(repo / lock):
+        assert free(garbage, settings, repo, node) == []
+    assert free(garbage, settings, repo, node) == garbage
+    assert not (repo / leftover).exists()
+
+
+def test_a_version_that_was_restored_meanwhile_stays(settings: Settings, repo: Path, node: Path) -> None:
+    first, second = prepare(repo, node, "first"), prepare(repo, node, "second", is_current=True)
+    garbage = find_garbage(settings, repo, node)
+    assert {name for names in kinds(garbage).values() for name in names} == {first}
+    lock = repo / "dvc.lock"
+    lock.write_text(lock.read_text().replace(second, first))
+    assert free(garbage, settings, repo, node) == []
+    assert (repo / f".dvc/cache/files/md5/{first[:2]}/{first[2:]}.dir").is_file()
+    assert (node / "tiny-squares" / first).is_dir()
+
+
+@pytest.mark.parametrize("remote", ["", "remote", "s3://bucket/dvc"])
+def test_a_version_that_no_remote_is_known_to_have_is_freed_only_if_asked(
+    settings: Settings, repo: Path, node: Path, monkeypatch: pytest.MonkeyPatch, remote: str
+) -> None:
+    pushed = prepare(repo, node, "shared", "pushed")
+    unpushed = prepare(repo, node, "shared", "unpushed", is_pushed=False)
+    config = (repo / ".dvc/config").read_text().replace(f"{repo.parent}/remote", remote)
+    if remote != "remote":
+        (repo / ".dvc/config").write_text(config if remote else "")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("flows.settings.REPO", repo)
+    monkeypatch.setattr("data.store.default_root", lambda: node)
+
+    def speck_gc(*options: str) -> list[str]:
+        answer = CliRunner().invoke(app, ["gc", *options], catch_exceptions=False)
+        assert answer.exit_code == 0
+        return answer.stdout.splitlines()
+
+    def left() -> set[str]:
+        return {
+            path.read_text()
+            for path in (repo / ".dvc/cache/files").rglob("*")
+            if path.suffix != ".dir" and path.is_file()
+        }
+
+    why = {"": "no remote", "remote": "not in the remote", "s3://bucket/dvc": "the remote does not answer"}[remote]
+    kept = [unpushed] if remote == "remote" else sorted([pushed, unpushed])
+    assert kinds(find_garbage(settings, repo, node))[f"dataset version in DVC's cache, {why}"] == kept
+    said = speck_gc("--delete")
+    assert f"dataset versions that may have no other copy and stay without --unpushed: {len(kept)}" in said
+    assert left() == {"shared", "unpushed"} | ({"pushed"} if len(kept) == 2 else set())
+    assert speck_gc("--delete", "--unpushed")[-1].endswith(f"to free, {len(kept)} of {len(kept)} deleted")
+    assert left() == set()
+    assert speck_gc() == ["nothing: all that is there is needed, or younger than an hour"]
 
 
 def test_a_file_with_several_names_counts_once_and_only_if_all_go(tmp_path: Path) -> None:
