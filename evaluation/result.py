@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +17,7 @@ from data.tiling import TileGrid
 if TYPE_CHECKING:
     from evaluation.coco import CocoScore
 
+_parsing = threading.Lock()
 _DRAWING = ("matching.py", "pictures.py")
 _Count = Annotated[int, Field(ge=0)]
 _Key = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
@@ -101,6 +103,15 @@ def score_key(protocol: str, options: ScoreOptions) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
+def syntax_tree(path: Path) -> ast.Module:
+    """Parse a Python file, one thread at a time: in Python 3.11 all threads share the parser's count of its depth.
+
+    Two at once may end in `SystemError: AST constructor recursion depth mismatch` (CPython issue 106905).
+    """
+    with _parsing:
+        return ast.parse(path.read_bytes())
+
+
 def code_hash(sources: Sequence[Path] | None = None) -> str:
     """sha256 over `sources` without comments, docstrings and layout.
 
@@ -110,7 +121,7 @@ def code_hash(sources: Sequence[Path] | None = None) -> str:
         sources = [path for path in Path(__file__).parent.glob("*.py") if path.name not in _DRAWING]
     digest = hashlib.sha256()
     for path in sorted(sources):
-        tree = ast.parse(path.read_bytes())
+        tree = syntax_tree(path)
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
                 ast.get_docstring(node, clean=False) is not None

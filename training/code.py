@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluation.result import code_hash
+from evaluation.result import code_hash, syntax_tree
 
 # Not evaluation: it has no part in the weights, and scores have a hash of their own.
 PACKAGES = ("models", "data", "training")
@@ -39,7 +39,7 @@ def _source(repo: Path, module: str) -> Path | None:
 
 def _imports(module: str, path: Path) -> Iterator[str]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

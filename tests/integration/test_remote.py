@@ -3,102 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import yaml
-from botocore.config import Config
-from services.fault_proxy import FaultProxy, fault_proxy
-from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
+from services.tiny_repo import ROOT, dvc, fresh_clone, is_one_with_the_cache, prepare, tiny_repo, tree, wait_for
 from typer.testing import CliRunner
 
 from data.compare import compare
-from data.objects import CorruptObject, MissingObject, SourceUnavailable
+from data.objects import CorruptObject, MissingObject
 from data.remote import NoRemote, PushFailed, cache_folder, pull, push, remote_states
 from data.report import LOCK, report_folder
 from data.restore import UnknownVersion, UnversionedChanges, known_versions, restore
-from data.store import materialise
 from data.versioning import VersioningFailed, current_version, one_writer, planned_version, version_dataset
 from flows.data_commands import data_app
-
-ROOT = Path(__file__).parents[2]
-# Stands for the real preparation: one annotation file per split, one picture per line of the raw list.
-PREPARE = """
-import json, pathlib
-out = pathlib.Path("data/processed/tiny")
-(out / "images").mkdir(parents=True, exist_ok=True)
-(out / "annotations").mkdir(exist_ok=True)
-info = {"num_boxes_clipped": 0, "num_boxes_excluded": 0}
-lines = pathlib.Path("data/raw/tiny/list.txt").read_text().split()
-for split, names in zip(("train", "val", "test"), (lines[:-2], lines[-2:-1], lines[-1:])):
-    images = [{"id": n, "file_name": f"{name}.png", "width": 8, "height": 8, "ignore_regions_xywh": []}
-              for n, name in enumerate(names, 1)]
-    boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [1, 1, len(name), 2], "iscrowd": 0}
-             for n, name in enumerate(names, 1)]
-    document = {"info": info, "images": images, "annotations": boxes, "categories": [{"id": 1, "name": "car"}]}
-    (out / f"annotations/{split}.json").write_text(json.dumps(document))
-    for name in names:
-        (out / f"images/{name}.png").write_bytes(name.encode() * 5000)
-"""
-
-
-def dvc(repo: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=repo, check=True, capture_output=True)
 
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Path:
-    """A repository with one prepared version of a dataset whose raw data is a list of names."""
-    repo = tmp_path / "repo"
-    (repo / "data/catalog").mkdir(parents=True)
-    (repo / "data/raw/tiny").mkdir(parents=True)
-    (repo / ".dvc").mkdir()
-    shutil.copyfile(ROOT / ".dvc/config", repo / ".dvc/config")
-    (repo / "prepare.py").write_text(PREPARE)
-    card = {"name": "tiny", "description": "d", "licence": "l", "format": "coco", "source": "s", "classes": ["car"]}
-    (repo / "data/catalog/tiny.yaml").write_text(yaml.safe_dump(card))
-    stage = {
-        "matrix": {"dataset": ["tiny"]},
-        "cmd": "python prepare.py",
-        "deps": ["data/raw/${item.dataset}"],
-        "outs": ["data/processed/${item.dataset}"],
-    }
-    (repo / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"prepare": stage}}))
-    subprocess.run(["git", "init", "--quiet", str(repo)], check=True)
-    return repo
-
-
-def prepare(repo: Path, *names: str) -> str:
-    """Make a version of pictures with these names, the last two for val and test."""
-    (repo / "data/raw/tiny/list.txt").write_text("\n".join(names))
-    return version_dataset("tiny", repo).version
-
-
-def fresh_clone(repo: Path) -> None:
-    """Take away what git does not keep: the cache and the prepared files."""
-    for path in (repo / ".dvc/cache", repo / "data/processed"):
-        shutil.rmtree(path)
-
-
-def tree(repo: Path) -> dict[str, bytes]:
-    folder = repo / "data/processed/tiny"
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def is_one_with_the_cache(repo: Path) -> bool:
-    """Whether each prepared file is another name of an object in DVC's cache."""
-    objects = {path.stat().st_ino for path in cache_folder(repo).glob("files/md5/*/*")}
-    paths = [path for path in (repo / "data/processed/tiny").rglob("*") if path.is_file()]
-    return {path.stat().st_ino for path in paths} <= objects and bool(paths)
+    """A repository with the dataset `tiny`, not prepared yet."""
+    return tiny_repo(tmp_path)
 
 
 def test_a_version_goes_to_a_folder_and_comes_back(repo: Path, tmp_path: Path) -> None:
@@ -346,121 +276,3 @@ def test_the_commands(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     said = speck("restore", "tiny", second)
     assert f"hold version {second}" in said
     assert said.rstrip().endswith("leads away from it again: data/raw/tiny")
-
-
-@pytest.fixture
-def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """In front of an S3 server with the bucket `drone`."""
-    (tmp_path / "served").mkdir()
-    with s3_service(tmp_path / "served") as service, fault_proxy(int(service.url.rpartition(":")[2])) as proxy:
-        for name, value in (service.environment | {"AWS_ENDPOINT_URL": proxy.url}).items():
-            monkeypatch.setenv(name, value)
-        client = boto3.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
-        client.create_bucket(Bucket="drone")
-        yield proxy
-
-
-@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
-def test_a_killed_pull_shows_nothing_and_is_taken_up(repo: Path, proxy: FaultProxy) -> None:
-    version = prepare(repo, *(f"picture{number}" for number in range(60)))
-    before, listed = tree(repo), cache_folder(repo) / f"files/md5/{version[:2]}/{version[2:]}.dir"
-    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
-    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
-    push("tiny", repo)
-    fresh_clone(repo)
-    proxy.delay_s = 0.1
-    pulling = f"from pathlib import Path; from data.remote import pull; pull('tiny', Path({str(repo)!r}))"
-    with subprocess.Popen([sys.executable, "-c", pulling], cwd=ROOT) as process:
-        deadline = time.monotonic() + 60
-        while len(list(listed.parents[1].glob("*/*"))) < 20 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.kill()
-    num_fetched = len(list(listed.parents[1].glob("*/*")))
-    assert 20 <= num_fetched < 60
-    assert not listed.exists()
-    assert not (repo / "data/processed/tiny").exists()
-    proxy.delay_s = 0.0
-    proxy.requests.clear()
-    assert pull("tiny", repo) == version
-    assert tree(repo) == before
-    fetched = sum("/files/md5/" in path and path[-4:] != ".dir" for _, path in proxy.requests.elements())
-    assert fetched <= 63 - num_fetched, "what had arrived is not fetched again"
-
-
-@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
-def test_a_server_that_dies_during_a_push_ends_it(
-    repo: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DVC itself waits for ever; what arrived is taken up by the next push."""
-    monkeypatch.setattr("data.versioning.WATCH_S", 2.0)
-    prepare(repo, *(f"picture{number}" for number in range(60)))
-    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
-    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
-    proxy.delay_s = 0.2
-    closing = threading.Thread(target=lambda: (wait_for(lambda: num_put(proxy) > 10), proxy.close()))
-    closing.start()
-    with pytest.raises(SourceUnavailable, match=rf"{proxy.url}: "):
-        push("tiny", repo)
-    closing.join()
-
-
-def num_put(proxy: FaultProxy) -> int:
-    return sum(count for (method, path), count in proxy.requests.items() if method == "PUT" and "/files/md5/" in path)
-
-
-def wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def no_secret(message: str) -> None:
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in message
-
-
-@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
-def test_wrong_credentials_say_so_and_lose_nothing(
-    repo: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    version = prepare(repo, "a", "b", "c")
-    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
-    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
-    before = tree(repo)
-    with monkeypatch.context() as wrong:
-        wrong.setenv("AWS_SECRET_ACCESS_KEY", "wr0ng-secret")
-        for command in (push, pull):
-            with pytest.raises(SourceUnavailable, match=r"SignatureDoesNotMatch.*the credentials") as caught:
-                command("tiny", repo)
-            no_secret(str(caught.value))
-        states, why = remote_states({"tiny": version}, repo)
-        assert states == {"tiny": "the remote does not answer"}
-        no_secret(why)
-    assert tree(repo) == before
-    assert remote_states({"tiny": version}, repo)[0] == {"tiny": "not in the remote"}
-    assert push("tiny", repo) == version
-
-
-@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
-def test_s3_with_failing_requests_and_a_server_that_goes(repo: Path, tmp_path: Path, proxy: FaultProxy) -> None:
-    version = prepare(repo, *(f"picture{number}" for number in range(30)))
-    before = tree(repo)
-    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
-    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
-    proxy.failing_share = 0.2
-    assert push("tiny", repo) == version
-    assert remote_states({"tiny": version}, repo) == ({"tiny": "in the remote"}, "")
-    folder = materialise("tiny", version, source="s3://drone/dvc", root=tmp_path / "node")
-    assert len(json.loads((folder / "annotations/train.json").read_bytes())["images"]) == 28
-    fresh_clone(repo)
-    assert pull("tiny", repo) == version
-    assert tree(repo) == before
-    proxy.is_skewed = True
-    with pytest.raises(SourceUnavailable, match=rf"s3://drone/dvc: {proxy.url}: .*Set this machine's clock"):
-        push("tiny", repo)
-    proxy.close()
-    with pytest.raises(SourceUnavailable, match=rf"{proxy.url}: Could not connect.*Check AWS_ENDPOINT_URL"):
-        pull("tiny", repo)
-    states, why = remote_states({"tiny": version}, repo)
-    assert states == {"tiny": "the remote does not answer"}
-    assert proxy.url in why
-    assert tree(repo) == before
