@@ -30,6 +30,7 @@ class Bucket(ThreadingHTTPServer):
         self.etags: dict[str, str] = {}
         self.faults: dict[str, tuple[int, str]] = {}
         self.requests: Counter[str] = Counter()
+        self.slept_s: list[float] = []
 
     def etag(self, key: str) -> str:
         return self.etags.get(key, f'"{hashlib.md5(self.objects[key]).hexdigest()}"')
@@ -58,7 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         server = self.server
         server.requests[key or "list"] += 1
-        if "Credential=wrong/" in self.headers.get("Authorization", ""):
+        if "Credential=late/" in self.headers.get("Authorization", ""):
+            self.error(403, "RequestTimeTooSkewed")
+        elif "Credential=wrong/" in self.headers.get("Authorization", ""):
             self.error(403, "InvalidAccessKeyId")
         elif bucket != "drone":
             self.error(404, "NoSuchBucket")
@@ -108,6 +111,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    monkeypatch.setattr("time.sleep", server.slept_s.append)
     try:
         yield server
     finally:
@@ -155,9 +159,10 @@ def test_faults_that_stay_are_an_error_and_leave_nothing(
     source, repo = coco_folder(), make_repo()
     fill(bucket, source, "a/")
     bucket.faults = {"a/annotations/val.json": (10**6, fault)}
-    with pytest.raises(ImportRefused, match=r"s3://drone/a'.* Check the address, AWS_ENDPOINT_URL and the credentials"):
+    with pytest.raises(ImportRefused, match=r"s3://drone/a'.* Check AWS_ENDPOINT_URL and that the server runs, then"):
         register("harbour", "s3://drone/a", repo=repo)
     assert bucket.requests["a/annotations/val.json"] <= 25, "bounded"
+    assert [seconds for seconds in bucket.slept_s if seconds] == [0.1, 0.2, 0.4, 0.8], "longer each time"
     assert [*(repo / "data/raw").iterdir(), *(repo / "data/catalog").iterdir()] == []
 
 
@@ -172,7 +177,7 @@ def test_an_object_that_changes_meanwhile_is_an_error(
         bucket.objects["a/1.txt"] = b"old"
 
     monkeypatch.setattr(s3, "_listed", changing)
-    with pytest.raises(ImportRefused, match="PreconditionFailed"):
+    with pytest.raises(ImportRefused, match=r"PreconditionFailed.* changed while it was read: do the same"):
         s3.download("s3://drone/a", tmp_path / "target")
 
 
@@ -215,6 +220,25 @@ def test_wrong_credentials_and_a_server_that_is_gone(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(ImportRefused, match="Could not connect"):
         s3.download("s3://drone/a", tmp_path / "gone")
+
+
+def test_a_clock_that_is_wrong_is_said(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.objects = {"a/1.txt": b"new"}
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "late")
+    with pytest.raises(ImportRefused, match="RequestTimeTooSkewed.* Set this machine's clock") as caught:
+        s3.download("s3://drone/a", tmp_path / "target")
+    assert "credentials" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://user:p4ssw0rd@127.0.0.1:1", "http://user:p4@ssw0rd@127.0.0.1:1", "user"])
+def test_an_endpoint_s_password_is_not_told(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(ImportRefused, match=r"s3://drone/a'.*AWS_ENDPOINT_URL") as caught:
+        s3.download("s3://drone/a", tmp_path / "target")
+    assert "p4" not in str(caught.value)
+    assert "ssw0rd" not in str(caught.value)
 
 
 def test_more_than_the_disk_has(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
