@@ -119,7 +119,9 @@ class _Reader:
             for name in names:
                 if not is_safe_name(name):
                     content.report(place, f"{name!r} is not a file name that can be written down", "Rename the picture")
-            for annotation, owners in shared(names, lambda name: f"{PurePosixPath(name).stem}.txt").items():
+            for annotation, owners in shared(
+                filter(is_safe_name, names), lambda name: f"{PurePosixPath(name).stem}.txt"
+            ).items():
                 rule = f"{', '.join(owners)} share this annotation file"
                 content.report(place / "annotations" / annotation, rule, "Keep one of these pictures")
             prefix = (place / "images").relative_to(self.folder)

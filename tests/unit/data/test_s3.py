@@ -144,6 +144,16 @@ def test_a_prefix_is_imported_as_a_copy(bucket: Bucket, coco_folder: Make, make_
     assert prepare("harbour", repo).is_dir()
 
 
+def test_faults_of_the_labels_are_told_of_the_address(bucket: Bucket, coco_folder: Make, make_repo: Make) -> None:
+    source = coco_folder()
+    (source / "annotations/val.json").write_text("")
+    fill(bucket, source, "sets/harbour/")
+    with pytest.raises(ImportRefused) as caught:
+        register("harbour", "s3://drone/sets/", "coco", repo=make_repo())
+    assert str(caught.value).startswith("s3://drone/sets/harbour/annotations/val.json:1:1: error: ")
+    assert ".partial" not in str(caught.value)
+
+
 @pytest.mark.parametrize("fault", ["busy", "cut", "flipped"])
 def test_faults_that_pass_are_tried_again(bucket: Bucket, tmp_path: Path, fault: str) -> None:
     bucket.objects = {f"a/{number}.txt": bytes([number]) * 1000 for number in range(5)}
@@ -225,7 +235,7 @@ def test_wrong_credentials_and_a_server_that_is_gone(
 def test_a_clock_that_is_wrong_is_said(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.objects = {"a/1.txt": b"new"}
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "late")
-    with pytest.raises(ImportRefused, match="RequestTimeTooSkewed.* Set this machine's clock") as caught:
+    with pytest.raises(ImportRefused, match=r"RequestTimeTooSkewed.* Set this machine's clock") as caught:
         s3.download("s3://drone/a", tmp_path / "target")
     assert "credentials" not in str(caught.value)
 
