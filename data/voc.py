@@ -1,8 +1,10 @@
 """The Pascal VOC layout: one XML file per picture, and lists that say which picture belongs to which split.
 
 Read are `Annotations/*.xml JPEGImages/* ImageSets/Main/{train,val,test}.txt` and the flat
-`annotations/*.xml images/* splits/{train,val,test}.txt`. A list names one picture a line, with or without extension;
-pictures in no list are unassigned.
+`annotations/*.xml images/* splits/{train,val,test}.txt`, these names in any case, and XML files beside their pictures.
+Pictures may lie in folders below, as by class: the XML has the base name. A list names one picture a line, with or
+without extension; pictures in no list are unassigned. Without lists a picture belongs to the split whose name (train,
+val or valid or validation, test) its outermost folder has, and the whole layout may lie in each of such folders.
 
 Coordinates count pixels from 1 and include both ends (Everingham et al., VOC2007 development kit): a box covers the
 columns xmin..xmax, so x = xmin - 1 and w = xmax - xmin + 1. That is the one convention here. Files of tools that count
@@ -16,45 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from data.cleaning import ImageBoxes
 from data.dividing import UNASSIGNED, Divider
-from data.label_files import MAX_LIST_BYTES, UnreadableFile, is_safe_name, number, read_lines, whole
-from data.pictures import MAX_SIDE_PX, SUFFIXES, is_picture
+from data.label_files import MAX_LIST_BYTES, SPLIT_NAMES, UnreadableFile, is_safe_name, number, read_lines, whole
+from data.pictures import MAX_SIDE_PX, SUFFIXES
 from data.records import SPLITS, ImageRecord, Split
+from data.voc_layout import VocPlace, voc_folder
 from data.voc_xml import SIDES, UnreadableXml, VocAnnotation, VocObject, read_annotation
 
-_LAYOUTS = (("Annotations", "JPEGImages", "ImageSets/Main"), ("annotations", "images", "splits"))
+__all__ = ["class_names", "read_voc", "recognise", "voc_folder"]
 _NUM_EXAMPLES = 3
-
-
-class VocFolder(NamedTuple):
-    """Where the three parts of a VOC folder lie."""
-
-    annotations: Path
-    images: Path
-    lists: Path
-
-    def list_file(self, split: str) -> Path:
-        """Path of the list of a split's pictures."""
-        return self.lists / f"{split}.txt"
-
-
-def voc_folder(folder: Path) -> VocFolder:
-    """Return the parts of `folder` in the layout of which more is there."""
-    layouts = [VocFolder(*(folder / part for part in parts)) for parts in _LAYOUTS]
-    return max(layouts, key=lambda layout: sum(part.is_dir() for part in layout))
 
 
 def recognise(folder: Path) -> tuple[bool, str]:
     """Whether a folder is in this layout, and what was found or missed."""
-    parts = voc_folder(folder)
-    if not parts.images.is_dir() or not parts.annotations.is_dir():
-        return False, "no Annotations/ beside JPEGImages/, nor annotations/ beside images/"
-    num_files = sum(1 for _ in parts.annotations.glob("*.xml"))
-    found = f"{parts.annotations.name}/ beside {parts.images.name}/ holds {num_files or 'no'} XML files"
-    return num_files > 0, found
+    places = [place for place in voc_folder(folder).places if place.is_there]
+    if not places:
+        return False, "no Annotations/ beside JPEGImages/, nor annotations/ beside images/, nor XML beside pictures"
+    counts = [sum(len(names) for names in place.xml_files().values()) for place in places]
+    found = [f"{_shown(folder, place)} {count or 'no'} XML files" for place, count in zip(places, counts, strict=True)]
+    return any(counts), ", ".join(found)
+
+
+def _shown(folder: Path, place: VocPlace) -> str:
+    annotations, images = (path.relative_to(folder).as_posix() for path in place)
+    return f"{annotations}/ beside {images}/ holds" if annotations != images else f"pictures in {images}/ lie beside"
 
 
 def read_voc(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str, Split]:
@@ -72,13 +61,14 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
     Of pictures in no list only where one of the three lists is lacking.
     """
-    listed = _Reader(folder, ()).listed()
+    reader = _Reader(folder, ())
+    listed = reader.listed()
     if listed.keys() >= {*SPLITS}:
         listed.pop(UNASSIGNED, None)
     names: set[str] = set()
-    for stem in (PurePosixPath(name).stem for names in listed.values() for name in names):
+    for name in (name for names in listed.values() for name in names):
         try:
-            annotation = read_annotation(voc_folder(folder).annotations / f"{stem}.xml")
+            annotation = read_annotation(reader.xml_file(name))
         except UnreadableXml:
             continue
         names |= {name for name in (found.fields.get("name") for found in annotation.objects) if name}
@@ -89,21 +79,25 @@ class _Reader:
     """Reads one folder and collects the problems of each split."""
 
     def __init__(self, folder: Path, classes: Sequence[str]) -> None:
-        self.folder = voc_folder(folder)
+        self.layout = voc_folder(folder)
         self.labels = {name: label for label, name in enumerate(classes)}
         self.splits: dict[str, Split] = {split: Split() for split in SPLITS}
-        self.pictures: dict[str, list[str]] = {}
+        self.pictures, self.elsewhere = self.layout.pictures()
+        self.xml_files = [place.xml_files() for place in self.layout.places]
+        self.place_of = {
+            name: place for place, found in enumerate(self.pictures) for names in found.values() for name in names
+        }
 
     def read(self, divide: Divider) -> dict[str, Split]:
         listed = self.listed()
         if not listed:
             return self.splits
         divided = divide(listed)
-        self._count_unused({PurePosixPath(name).stem for names in divided.values() for name in names})
+        self._count_unused({name for names in divided.values() for name in names})
         image_id = 0
         for split, pictures in divided.items():
             content = self.splits[split]
-            for name in sorted(pictures, key=lambda name: PurePosixPath(name).stem):
+            for name in sorted(pictures, key=lambda name: (PurePosixPath(name).stem, name)):
                 image_id += 1
                 image = self._image(content, image_id, name)
                 if image is not None:
@@ -111,46 +105,63 @@ class _Reader:
             num_difficult = sum(box.is_crowd for image in content.images for box in image.boxes)
             if num_difficult:
                 rule = f"{num_difficult} boxes are marked difficult, so scoring must neither reward nor punish them"
-                content.warn(self.folder.list_file(split), rule, "Kept as crowd boxes when prepared")
+                content.warn(self.layout.told_in(split), rule, "Kept as crowd boxes when prepared")
         return self.splits
 
     def listed(self) -> dict[str, list[str]]:
-        """Return the pictures of each split that has a list, and those of no list; nothing where a part is lacking."""
-        first = self.splits[SPLITS[0]]
-        missing = [part for part in (self.folder.annotations, self.folder.images) if not part.is_dir()]
+        """Return the pictures by split, UNASSIGNED where neither list nor folder says; none where a part is lacking."""
+        first, layout = self.splits[SPLITS[0]], self.layout
+        missing = [part for place in layout.places for part in place if not part.is_dir()]
         for part in missing:
             first.report(part, "a VOC folder holds pictures and XML files", "Add this folder or name another format")
         if missing:
             return {}
-        for path in sorted(self.folder.images.iterdir()):
-            if is_picture(path.name):
-                self.pictures.setdefault(path.stem, []).append(path.name)
+        if self.elsewhere:
+            example = repr(self.elsewhere[0])
+            rule = f"{len(self.elsewhere)} pictures lie outside the folders that are read, for example {example}"
+            first.warn(layout.images, rule, "Left out when prepared: move them to the others to use them")
         owners: dict[str, str] = {}
-        lists = [split for split in SPLITS if self.folder.list_file(split).exists()]
-        listed = {split: [self.pictures[stem][0] for stem in self._list(split, owners)] for split in lists}
-        unlisted = {stem: files for stem, files in self.pictures.items() if stem not in owners}
-        return listed | ({UNASSIGNED: self._unlisted(unlisted)} if unlisted else {})
+        listed: dict[str, list[str]] = {}
+        for split in SPLITS if layout.lists is not None else ():
+            if layout.told_in(split).exists():
+                listed[split] = list(self._list(split, owners))
+        has_lists = bool(listed)
+        for found in self.pictures:
+            for stem, files in found.items():
+                if stem not in owners:
+                    for name in self._unlisted(stem, files):
+                        outermost = "" if has_lists else name.partition("/")[0].lower()
+                        listed.setdefault(SPLIT_NAMES.get(outermost, UNASSIGNED), []).append(name)
+        return listed
 
-    def _unlisted(self, unlisted: dict[str, list[str]]) -> list[str]:
-        for stem, files in unlisted.items():
-            if len(files) > 1:
-                rule = f"{', '.join(files)} share the annotation file {stem}.xml"
-                self.splits[SPLITS[0]].report(self.folder.images, rule, "Keep one of these pictures")
-            if not is_safe_name(files[0]):
-                rule = f"{files[0]!r} is not a file name that can be written down"
-                self.splits[SPLITS[0]].report(self.folder.images, rule, "Rename the picture")
-        return [files[0] for files in unlisted.values() if is_safe_name(files[0])]
+    def xml_file(self, picture: str) -> Path:
+        """Return where a picture's annotation is, or should be."""
+        place, stem = self.place_of[picture], PurePosixPath(picture).stem
+        return self.layout.places[place].annotations / self.xml_files[place].get(stem, [f"{stem}.xml"])[0]
+
+    def _unlisted(self, stem: str, files: list[str]) -> Iterator[str]:
+        content, images = self.splits[SPLITS[0]], self.layout.images
+        if len(files) > 1:
+            rule = f"{', '.join(files)} share the annotation file {stem}.xml"
+            content.report(images, rule, "Keep one of these pictures")
+        if is_safe_name(files[0]):
+            yield files[0]
+        else:
+            content.report(images, f"{files[0]!r} is not a file name that can be written down", "Rename the picture")
 
     def _count_unused(self, used: set[str]) -> None:
-        unused = sorted({path.stem for path in self.folder.annotations.glob("*.xml")} - used)
-        if unused:
-            rule = f"{len(unused)} files are of no picture in a split, for example {', '.join(unused[:_NUM_EXAMPLES])}"
-            remedy = "Left out when prepared: add or list the pictures to use them"
-            self.splits[SPLITS[0]].warn(self.folder.annotations, rule, remedy)
+        for place, pictures, xml_files in zip(self.layout.places, self.pictures, self.xml_files, strict=True):
+            stems = {stem for stem, names in pictures.items() if not used.isdisjoint(names)}
+            unused = sorted(xml_files.keys() - stems)
+            if unused:
+                examples = ", ".join(unused[:_NUM_EXAMPLES])
+                rule = f"{len(unused)} files are of no picture in a split, for example {examples}"
+                remedy = "Left out when prepared: add or list the pictures to use them"
+                self.splits[SPLITS[0]].warn(place.annotations, rule, remedy)
 
     def _list(self, split: str, owners: dict[str, str]) -> Iterator[str]:
-        """Yield the stems of one list whose picture is there; `owners` says where a stem was listed first."""
-        path, content = self.folder.list_file(split), self.splits[split]
+        """Yield the pictures of one list that are there; `owners` says where a stem was listed first."""
+        path, content, pictures = self.layout.told_in(split), self.splits[split], self.pictures[0]
         try:
             names = [(line, text.strip()) for line, text in read_lines(path, MAX_LIST_BYTES)]
         except UnreadableFile as error:
@@ -163,26 +174,28 @@ class _Reader:
                 rule = f"{name!r} is not the bare name of a file"
                 content.report(path, rule, "Name a picture without any folder", line=line)
                 continue
-            stem = name if name in self.pictures else _without_suffix(name)
-            files = self.pictures.get(stem, [])
+            stem = name if name in pictures else _without_suffix(name)
+            files = [file for file in pictures.get(stem, []) if is_safe_name(file)]
             if stem in owners:
                 rule = f"{name!r} is listed in {owners[stem]} already, so it would count twice or leak"
                 content.report(path, rule, "Keep it in one list, once", line=line)
                 continue
             owners[stem] = f"{path.name}:{line}"
             if len(files) == 1:
-                yield stem
+                yield files[0]
             elif files:
                 rule = f"{name!r} could be any of {', '.join(files)}"
                 content.report(path, rule, "Keep one of these pictures", line=line)
             else:
-                rule = f"there is no picture {self.folder.images.name}/{stem} with one of {', '.join(sorted(SUFFIXES))}"
+                rule = f"there is no picture {self.layout.images.name}/{stem} with one of {', '.join(sorted(SUFFIXES))}"
                 content.report(path, rule, "Add the picture or remove the line", line=line)
 
     def _image(self, content: Split, image_id: int, picture: str) -> ImageRecord | None:
         """Return the record of a listed picture, or None when its XML is unusable."""
-        stem = PurePosixPath(picture).stem
-        path = self.folder.annotations / f"{stem}.xml"
+        stem, path = PurePosixPath(picture).stem, self.xml_file(picture)
+        others = self.xml_files[self.place_of[picture]].get(stem, [])[1:]
+        if others:
+            content.report(path, f"{', '.join(others)} is of the same picture", "Keep one of these files")
         try:
             annotation = read_annotation(path)
         except UnreadableXml as error:
