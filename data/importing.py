@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from data.archives import SUFFIXES, is_archive, unpack
 from data.card import NAME_PATTERN, DatasetCard, InvalidCard, faults
 from data.known_cards import KnownCard, count, differences, find_known
-from data.pictures import is_hidden, link_problems
+from data.pictures import is_hidden, is_picture, link_problems
 from data.problems import ImportRefused, listing
 from data.reading import READERS, Labels, read_labels
 
@@ -31,6 +31,8 @@ _RESERVED = "sample-"
 _UNKNOWN = "unknown"
 # Formats of benchmarks that have ignore regions and a protocol of the same name.
 _OWN_PROTOCOLS = ("visdrone", "uavdt")
+_LABEL_SUFFIXES = (".json", ".xml", ".txt", ".yaml", ".yml", ".names")
+_DOCUMENTS = ("readme", "license", "licence")
 
 
 class DatasetExists(ValueError):
@@ -180,7 +182,10 @@ def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None) -> list[s
 
 @contextmanager
 def _fetched(path: str, partial: Path) -> Iterator[Path]:
-    """Yield the folder that `path` names, or is unpacked or downloaded into; the latter is gone at the end."""
+    """Yield the folder that `path` names, or is unpacked or downloaded into; the latter is gone at the end.
+
+    What is refused of the latter is told as part of `path`.
+    """
     if not path.startswith(SCHEME) and not is_archive(Path(path)):
         yield Path(path)
         return
@@ -195,14 +200,33 @@ def _fetched(path: str, partial: Path) -> Iterator[Path]:
                 raise ImportRefused(f"{path!r}: there is no such archive. Correct the path")
             unpack(Path(path), partial)
         yield _without_wrapping(partial)
+    except ImportRefused as error:
+        raise ImportRefused(str(error).replace(str(partial), path.rstrip("/"))) from error
     finally:
         remove(partial)
 
 
 def _without_wrapping(folder: Path) -> Path:
-    """Return the folder that holds more than one folder: archives often wrap their content in one."""
+    """Return the folder that holds the data: archives often wrap it in one, with a README or a licence beside it.
+
+    These files are moved into the folder, unless it has its own of that name.
+    """
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
-    return _without_wrapping(entries[0]) if len(entries) == 1 and entries[0].is_dir() else folder
+    folders = [entry for entry in entries if entry.is_dir()]
+    others = [entry for entry in entries if not entry.is_dir()]
+    if len(folders) != 1 or any(_may_be_data(entry.name) for entry in others):
+        return folder
+    (inner,) = folders
+    for entry in others:
+        if not os.path.lexists(inner / entry.name):
+            entry.rename(inner / entry.name)
+    return _without_wrapping(inner)
+
+
+def _may_be_data(name: str) -> bool:
+    """Whether a file may be a picture, labels, a list, or names of classes."""
+    is_document = name.lower().startswith(_DOCUMENTS)
+    return is_picture(name) or (name.lower().endswith(_LABEL_SUFFIXES) and not is_document)
 
 
 def _place(card: DatasetCard, folder: Path, repo: Path, *, copy: bool, is_ours: bool) -> None:

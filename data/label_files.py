@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from itertools import islice
 from math import isfinite
@@ -18,6 +19,8 @@ MAX_LIST_BYTES = 256 * 2**20
 MAX_FIELDS = 64
 # Integers of this size are exact in floating point.
 _MAX_WHOLE = 2.0**53
+# What folders and lists call the splits.
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # The backslash, control characters, and the halves of characters that stand for bytes that are no text.
 _UNWRITABLE = re.compile("[\\\\\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
@@ -108,6 +111,16 @@ def whole(text: str | None) -> int | None:
     """Return a whole number below 2**53 in size, also where it is written `3.0`, or None for anything else."""
     value = number(text)
     return int(value) if value is not None and value.is_integer() and abs(value) < _MAX_WHOLE else None
+
+
+def shared(pictures: Iterable[str], label_file: Callable[[str], str | None]) -> dict[str, list[str]]:
+    """Return label file -> its pictures, of those label files that are of several."""
+    owners: dict[str, list[str]] = defaultdict(list)
+    for picture in pictures:
+        name = label_file(picture)
+        if name is not None:
+            owners[name].append(picture)
+    return {name: found for name, found in owners.items() if len(found) > 1}
 
 
 def is_safe_name(file_name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,12 @@ _CHUNK_BYTES = 2**20
 _CONNECTIONS = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 16}
 _REMEDY = "Check the address, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
 FAILURES = (BotoCoreError, ClientError, HTTPError)
+
+
+class ServerFailed(BotoCoreError):
+    """The server's answer to a request is an error that cannot be read."""
+
+    fmt = "{error}"
 
 
 class BadEndpoint(BotoCoreError):
@@ -81,12 +88,14 @@ def explain(error: Exception, client: Any) -> str:
     code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
     if code == "RequestTimeTooSkewed":
         remedy = "Set this machine's clock: it is not the server's"
+    elif code == "PreconditionFailed":
+        remedy = "The object changed while it was read: do the same again"
     elif is_refusal(error) or isinstance(error, BadEndpoint | NoCredentialsError):
         remedy = _REMEDY
     else:
-        remedy = "Check AWS_ENDPOINT_URL and that the server runs, then do the same again: what has arrived is kept"
+        remedy = "Check AWS_ENDPOINT_URL and that the server runs, then do the same again"
     endpoint = "" if client is None else f"{client.meta.endpoint_url}: "
-    return re.sub(r"//[^/@\s]*@", "//", f"{endpoint}{str(error).rstrip('.')}. {remedy}")
+    return re.sub(r"//[^/\s]*@", "//", f"{endpoint}{str(error).rstrip('.')}. {remedy}")
 
 
 def download(url: str, target: Path) -> None:
@@ -101,6 +110,7 @@ def download(url: str, target: Path) -> None:
         raise ImportRefused(f"{url!r}: an address is s3://bucket/prefix. Name a bucket")
     prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
     target.mkdir(parents=True)
+    client = None
     try:
         client = connect()
         objects = list(_listed(client, url, bucket, prefix))
@@ -113,7 +123,7 @@ def download(url: str, target: Path) -> None:
             finally:
                 pool.shutdown(cancel_futures=True)
     except (*FAILURES, _Incomplete) as error:
-        raise ImportRefused(f"{url!r}: {error}. {_REMEDY}") from error
+        raise ImportRefused(f"{url!r}: {explain(error, client)}") from error
 
 
 def _listed(client: Any, url: str, bucket: str, prefix: str) -> Iterator[_Object]:
@@ -149,6 +159,7 @@ def _fetch(client: Any, bucket: str, entry: _Object, path: Path) -> None:
             # boto3 itself tries again only until the body begins.
             if attempt == _NUM_ATTEMPTS - 1 or is_final(error):
                 raise
+            time.sleep(0.1 * 2**attempt)
 
 
 def _fetch_once(client: Any, bucket: str, entry: _Object, path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from data.cleaning import ImageBoxes, read_pictures, whole_numbers
 from data.dividing import UNASSIGNED, Divider
-from data.label_files import UnreadableFile, is_safe_name, read_rows, whole
+from data.label_files import SPLIT_NAMES, UnreadableFile, is_safe_name, read_rows, shared, whole
 from data.pictures import is_hidden, is_picture
 from data.records import SPLITS, Split
 
@@ -54,7 +54,7 @@ def class_names(folder: Path) -> tuple[str, ...]:  # noqa: ARG001
 def read_visdrone(folder: Path, classes: Sequence[str], divide: Divider) -> dict[str, Split]:
     """Read the pictures of every split; every fault becomes a `Problem` of its split, nothing is raised.
 
-    Sizes are those of the pictures' headers. A folder belongs to the split that its name contains.
+    Sizes are those of the pictures' headers. A folder belongs to the split that its name has as a word, if to one.
     """
     return _Reader(folder, classes).read(divide)
 
@@ -119,6 +119,11 @@ class _Reader:
             for name in names:
                 if not is_safe_name(name):
                     content.report(place, f"{name!r} is not a file name that can be written down", "Rename the picture")
+            for annotation, owners in shared(
+                filter(is_safe_name, names), lambda name: f"{PurePosixPath(name).stem}.txt"
+            ).items():
+                rule = f"{', '.join(owners)} share this annotation file"
+                content.report(place / "annotations" / annotation, rule, "Keep one of these pictures")
             prefix = (place / "images").relative_to(self.folder)
             listed.setdefault(split, []).extend((prefix / name).as_posix() for name in names if is_safe_name(name))
             annotations = {path.stem for path in (place / "annotations").glob("*.txt")}
@@ -161,5 +166,6 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _split_of(name: str) -> str:
-    found = re.search("train|val|test", name.lower())
-    return found[0] if found else UNASSIGNED
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+    found = {SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES}
+    return found.pop() if len(found) == 1 else UNASSIGNED

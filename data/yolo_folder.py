@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.dividing import UNASSIGNED
-from data.label_files import MAX_LIST_BYTES, UnreadableFile, is_safe_name, read_lines
+from data.label_files import MAX_LIST_BYTES, SPLIT_NAMES, UnreadableFile, is_safe_name, read_lines, shared
 from data.pictures import files_below, is_picture
 from data.problems import Problem
 from data.records import Split
 from data.yaml_file import UnreadableYaml, read_mapping
 
-_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 
 
@@ -58,6 +58,9 @@ class YoloFolder:
             number = len(rest) - len(labelled)
             rule = f"{number} pictures are in no split and have no label file"
             self._content.warn(folder, rule, "Left out when prepared: list them to use them")
+        for label_file, owners in shared(sorted(chain(*self.listed.values())), self.label_file).items():
+            rule = f"{', '.join(owners)} share this label file"
+            self._content.report(folder / label_file, rule, "Rename all but one of these pictures, or remove them")
 
     @property
     def problems(self) -> list[Problem]:
@@ -87,7 +90,7 @@ class YoloFolder:
         below = self.source.parent.relative_to(self.folder)
         pictures = {PurePosixPath(name).with_suffix(".txt").as_posix() for name in self.pictures}
         found: dict[str, list[str]] = {}
-        for stem, split in _FOLDERS.items():
+        for stem, split in SPLIT_NAMES.items():
             name = (below / f"{stem}.txt").as_posix()
             if name in self._files and name not in pictures:
                 found.setdefault(split, []).append(f"{stem}.txt")
@@ -95,7 +98,7 @@ class YoloFolder:
 
     def _by_folder(self) -> None:
         for name in self.pictures:
-            split = next((_FOLDERS[part] for part in PurePosixPath(name).parts[:-1] if part in _FOLDERS), None)
+            split = next((SPLIT_NAMES[part] for part in PurePosixPath(name).parts[:-1] if part in SPLIT_NAMES), None)
             if split is not None and is_safe_name(name):
                 self._owners[name] = split
                 self.listed.setdefault(split, []).append(name)
@@ -129,7 +132,9 @@ class YoloFolder:
         try:
             for line, text in read_lines(path, MAX_LIST_BYTES):
                 is_empty = False
-                found = next((name for name in _below(text.strip(), bases) if name in self._files), None)
+                # Lists are often written on Windows.
+                place = text.strip().replace("\\", "/")
+                found = next((name for name in _below(place, bases) if name in self._files), None)
                 if found is None or not is_picture(found) or not is_safe_name(found):
                     rule = f"{text.strip()!r} is no picture below this folder"
                     remedy = "Add it, or give a path relative to the list that stays in the dataset"
@@ -230,7 +235,7 @@ def _entries(folder: Path, source: Path, content: dict[Any, Any]) -> dict[str, l
     """Return the entries of train, val and test that are not empty; `path` counts where it is a folder below."""
     root = content.get("path")
     entries: dict[str, list[str]] = {}
-    for key, split in _FOLDERS.items():
+    for key, split in SPLIT_NAMES.items():
         values = content.get(key)
         values = [values] if isinstance(values, str) else values
         if not values:

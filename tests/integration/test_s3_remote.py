@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,8 +20,8 @@ from services.fault_proxy import FaultProxy, fault_proxy
 from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
 from services.tiny_repo import ROOT, dvc, fresh_clone, prepare, tiny_repo, tree, wait_for
 
-from data.objects import SourceUnavailable
-from data.remote import cache_folder, pull, push, remote_states
+from data.objects import MissingObject, SourceUnavailable
+from data.remote import cache_folder, fetch_version, pull, push, remote_states
 from data.store import materialise
 
 pytestmark = pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
@@ -136,4 +138,23 @@ def test_s3_with_failing_requests_and_a_server_that_goes(repo: Path, tmp_path: P
     states, why = remote_states({"tiny": version}, repo)
     assert states == {"tiny": "the remote does not answer"}
     assert proxy.url in why
+    assert tree(repo) == before
+
+
+def test_what_the_server_lost_is_named_and_sent_again(repo: Path, proxy: FaultProxy) -> None:
+    version = prepare(repo, "a", "b", "c")
+    dvc(repo, "remote", "add", "--default", "storage", "s3://drone/dvc")
+    dvc(repo, "remote", "modify", "storage", "endpointurl", proxy.url)
+    push("tiny", repo)
+    before, md5 = tree(repo), hashlib.md5(tree(repo)["images/a.png"]).hexdigest()
+    client = boto3.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
+    client.delete_object(Bucket="drone", Key=f"dvc/files/md5/{md5[:2]}/{md5[2:]}")
+    shutil.move(repo / ".dvc/cache", repo / "kept")
+    with pytest.raises(MissingObject, match="s3://drone/dvc/files/md5/.*: not in this source"):
+        fetch_version(version, repo)
+    shutil.rmtree(repo / ".dvc/cache")
+    shutil.move(repo / "kept", repo / ".dvc/cache")
+    assert push("tiny", repo) == version
+    fresh_clone(repo)
+    assert pull("tiny", repo) == version
     assert tree(repo) == before

@@ -14,6 +14,7 @@ from data import archives
 from data.archives import unpack
 from data.importing import ImportRefused, register
 from data.prepare import prepare
+from data.records import SPLITS
 
 Make = Callable[..., Path]
 
@@ -52,6 +53,47 @@ def test_archives_are_imported_as_copies(coco_folder: Make, make_repo: Make, nam
     assert notes[0].startswith("coco: found annotations/train.json, annotations/val.json, annotations/test.json")
     assert {path.name for path in (repo / "data/raw").iterdir()} == {"harbour"}
     assert prepare("harbour", repo).is_dir()
+
+
+def test_a_licence_beside_the_wrapping_folder_comes_along(coco_folder: Make, make_repo: Make) -> None:
+    source, repo = coco_folder(), make_repo()
+    (source / "README.txt").write_text("the folder's own")
+    archive = pack(source, source.parent / "a.zip", "harbour-1.0/")
+    with zipfile.ZipFile(archive, "a") as content:
+        for name in ("LICENSE", "README.txt", "README.dataset.txt", "paper.pdf", ".DS_Store", "__MACOSX/._a.json"):
+            content.writestr(name, name)
+    register("harbour", archive, repo=repo)
+    assert tree(repo / "data/raw/harbour") == tree(source) | {
+        name: name.encode() for name in ("LICENSE", "README.dataset.txt", "paper.pdf")
+    }
+    assert {path.name for path in (repo / "data/raw").iterdir()} == {"harbour"}
+
+
+def test_a_folder_beside_labels_is_no_wrapping(make_repo: Make, tmp_path: Path, paint: Make) -> None:
+    """Darknet's `obj/` beside its lists."""
+    source, repo = tmp_path / "source", make_repo()
+    for split in SPLITS:
+        paint(source / f"obj/{split}.png").with_suffix(".txt").write_text("0 .5 .5 .2 .2\n")
+        (source / f"{split}.txt").write_text(f"obj/{split}.png\n")
+    (source / "obj.names").write_text("car\n")
+    register("harbour", pack(source, tmp_path / "a.zip"), repo=repo)
+    assert tree(repo / "data/raw/harbour") == tree(source)
+
+
+@pytest.mark.parametrize("prefix", ["", "harbour-1.0/"])
+def test_faults_are_told_of_the_archive(coco_folder: Make, make_repo: Make, prefix: str) -> None:
+    """Not of the folder that it was unpacked into, which is gone."""
+    source, repo = coco_folder(), make_repo()
+    (source / "annotations/val.json").write_text("")
+    archive = pack(source, source.parent / "a.zip", prefix)
+    inside = f"{archive}/{prefix}".rstrip("/")
+    with pytest.raises(ImportRefused) as caught:
+        register("harbour", archive, "coco", repo=repo)
+    assert str(caught.value).startswith(f"{inside}/annotations/val.json:1:1: error: not JSON")
+    with pytest.raises(ImportRefused) as caught:
+        register("harbour", archive, "uavdt", repo=repo)
+    assert str(caught.value).startswith(f"{inside!r}: not sound uavdt data. ")
+    assert ".partial" not in str(caught.value)
 
 
 def zip_of(path: Path, **members: bytes) -> Path:

@@ -15,6 +15,7 @@ import pytest
 
 from data import s3
 from data.importing import ImportRefused, register
+from data.objects import S3Objects, SourceUnavailable
 from data.prepare import prepare
 
 Make = Callable[..., Path]
@@ -30,6 +31,7 @@ class Bucket(ThreadingHTTPServer):
         self.etags: dict[str, str] = {}
         self.faults: dict[str, tuple[int, str]] = {}
         self.requests: Counter[str] = Counter()
+        self.slept_s: list[float] = []
 
     def etag(self, key: str) -> str:
         return self.etags.get(key, f'"{hashlib.md5(self.objects[key]).hexdigest()}"')
@@ -58,7 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         server = self.server
         server.requests[key or "list"] += 1
-        if "Credential=wrong/" in self.headers.get("Authorization", ""):
+        if "Credential=late/" in self.headers.get("Authorization", ""):
+            self.error(403, "RequestTimeTooSkewed")
+        elif "Credential=wrong/" in self.headers.get("Authorization", ""):
             self.error(403, "InvalidAccessKeyId")
         elif bucket != "drone":
             self.error(404, "NoSuchBucket")
@@ -108,6 +112,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    monkeypatch.setattr("time.sleep", server.slept_s.append)
     try:
         yield server
     finally:
@@ -140,6 +145,16 @@ def test_a_prefix_is_imported_as_a_copy(bucket: Bucket, coco_folder: Make, make_
     assert prepare("harbour", repo).is_dir()
 
 
+def test_faults_of_the_labels_are_told_of_the_address(bucket: Bucket, coco_folder: Make, make_repo: Make) -> None:
+    source = coco_folder()
+    (source / "annotations/val.json").write_text("")
+    fill(bucket, source, "sets/harbour/")
+    with pytest.raises(ImportRefused) as caught:
+        register("harbour", "s3://drone/sets/", "coco", repo=make_repo())
+    assert str(caught.value).startswith("s3://drone/sets/harbour/annotations/val.json:1:1: error: ")
+    assert ".partial" not in str(caught.value)
+
+
 @pytest.mark.parametrize("fault", ["busy", "cut", "flipped"])
 def test_faults_that_pass_are_tried_again(bucket: Bucket, tmp_path: Path, fault: str) -> None:
     bucket.objects = {f"a/{number}.txt": bytes([number]) * 1000 for number in range(5)}
@@ -155,9 +170,10 @@ def test_faults_that_stay_are_an_error_and_leave_nothing(
     source, repo = coco_folder(), make_repo()
     fill(bucket, source, "a/")
     bucket.faults = {"a/annotations/val.json": (10**6, fault)}
-    with pytest.raises(ImportRefused, match=r"s3://drone/a'.* Check the address, AWS_ENDPOINT_URL and the credentials"):
+    with pytest.raises(ImportRefused, match=r"s3://drone/a'.* Check AWS_ENDPOINT_URL and that the server runs, then"):
         register("harbour", "s3://drone/a", repo=repo)
     assert bucket.requests["a/annotations/val.json"] <= 25, "bounded"
+    assert [seconds for seconds in bucket.slept_s if seconds] == [0.1, 0.2, 0.4, 0.8], "longer each time"
     assert [*(repo / "data/raw").iterdir(), *(repo / "data/catalog").iterdir()] == []
 
 
@@ -172,7 +188,7 @@ def test_an_object_that_changes_meanwhile_is_an_error(
         bucket.objects["a/1.txt"] = b"old"
 
     monkeypatch.setattr(s3, "_listed", changing)
-    with pytest.raises(ImportRefused, match="PreconditionFailed"):
+    with pytest.raises(ImportRefused, match=r"PreconditionFailed.* changed while it was read: do the same"):
         s3.download("s3://drone/a", tmp_path / "target")
 
 
@@ -217,9 +233,42 @@ def test_wrong_credentials_and_a_server_that_is_gone(
         s3.download("s3://drone/a", tmp_path / "gone")
 
 
+def test_a_clock_that_is_wrong_is_said(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.objects = {"a/1.txt": b"new"}
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "late")
+    with pytest.raises(ImportRefused, match=r"RequestTimeTooSkewed.* Set this machine's clock") as caught:
+        s3.download("s3://drone/a", tmp_path / "target")
+    assert "credentials" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://user:p4ssw0rd@127.0.0.1:1", "http://user:p4@ssw0rd@127.0.0.1:1", "user"])
+def test_an_endpoint_s_password_is_not_told(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(ImportRefused, match=r"s3://drone/a'.*AWS_ENDPOINT_URL") as caught:
+        s3.download("s3://drone/a", tmp_path / "target")
+    assert "p4" not in str(caught.value)
+    assert "ssw0rd" not in str(caught.value)
+
+
 def test_more_than_the_disk_has(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.objects = {"a/1.txt": b"12345"}
     monkeypatch.setattr(s3, "MAX_TOTAL_BYTES", 4)
     with pytest.raises(ImportRefused, match="1 objects of 5 bytes are more than"):
         s3.download("s3://drone/a", tmp_path / "target")
     assert bucket.requests == {"list": 1}
+
+
+def test_an_answer_that_botocore_stumbles_over_is_the_servers_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GET that failed in the server: its body is taken for text."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    objects = S3Objects("s3://bucket/prefix", aws_access_key_id="a", aws_secret_access_key="b", region_name="c")
+
+    def stumble(**_: str) -> None:
+        raise AttributeError("'StreamingChecksumBody' object has no attribute 'strip'")
+
+    monkeypatch.setattr(objects._client, "get_object", stumble)
+    monkeypatch.setattr("data.objects.time.sleep", lambda _: None)
+    with pytest.raises(SourceUnavailable, match="the server failed, with an answer that cannot be read"):
+        objects.read("0" * 32)

@@ -114,6 +114,31 @@ def test_one_split_alone_is_divided(folder: Path) -> None:
     assert sum(len(labels.splits[split].images) for split in SPLITS) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("latest", None), ("valley-train", "train"), ("contest_val2", "val"), ("Validation", "val"), ("TEST", "test"),
+        ("VisDroneTrain", "train"), ("train+test", None), ("interval", None), ("DET-valid.v1", "val"),
+    ],
+)  # fmt: skip
+def test_a_folder_s_split_is_a_word_of_its_name(tmp_path: Path, paint: Make, name: str, split: str | None) -> None:
+    paint(tmp_path / name / "images/a.png")
+    (tmp_path / name / "annotations").mkdir()
+    (tmp_path / name / "annotations/a.txt").write_text("3,4,10,8,1,4,0,0\n")
+    labels = read(tmp_path, SplitRule())
+    assert {key: len(content.images) for key, content in labels.splits.items() if content.images} == (
+        {split: 1} if split is not None else {}
+    )
+
+
+def test_two_pictures_of_one_annotation_file(folder: Path, paint: Make) -> None:
+    place = folder / FOLDERS["val"]
+    paint(place / "images/a.jpg")
+    assert shown(read(folder)) == [
+        f"{place / 'annotations/a.txt'}: error: a.jpg, a.png share this annotation file. Keep one of these pictures"
+    ]
+
+
 def test_annotations_without_pictures_are_not_recognised(folder: Path) -> None:
     for name in FOLDERS.values():
         for path in (folder / name / "images").iterdir():

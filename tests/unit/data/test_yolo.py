@@ -98,6 +98,26 @@ def test_darknet_names_and_lists(folder: Path) -> None:
     assert class_names(folder) == ("boat", "car")
 
 
+def test_lists_that_were_written_on_windows(folder: Path) -> None:
+    (folder / "data.yaml").write_text("names: [boat, car]\ntrain: train.txt\nval: images/val\ntest: images/test\n")
+    (folder / "train.txt").write_bytes(b".\\images\\train\\a.png\r\nimages\\train\\b.png\r\n")
+    labels = read(folder)
+    assert shown(labels) == []
+    assert names(labels) == EVERY
+
+
+def test_two_pictures_of_one_label_file(folder: Path, paint: Make) -> None:
+    """Without a label file they share nothing."""
+    paint(folder / "images/train/a.jpg")
+    paint(folder / "images/val/c.jpg")
+    paint(folder / "images/val/c.png")
+    errors = [text for text in shown(read(folder)) if ": error: " in text]
+    assert errors == [
+        f"{folder / 'labels/train/a.txt'}: error: images/train/a.jpg, images/train/a.png share this label file. "
+        "Rename all but one of these pictures, or remove them"
+    ]
+
+
 def test_labels_beside_pictures_and_folders_of_splits(tmp_path: Path, paint: Make) -> None:
     (tmp_path / "x.yml").write_text("names: [car, boat]\n")
     for split in ("train", "valid", "test"):
@@ -219,13 +239,13 @@ def test_boxes_cover_the_pixels_they_name(
         ("list.txt", "list.txt:2: error: '../../secret.png' is no picture below this folder"),
         ("list.txt", "list.txt:3: error: 'labels/train/a.txt' is no picture below this folder"),
         ("list.txt", "data.yaml: error: 'images/val/a.png' is in list.txt:4 already"),
-        ("list.txt", r"list.txt:5: error: 'images\\train\\a.png' is no picture below this folder"),
+        ("list.txt", r"list.txt:5: error: 'C:\\images\\a.png' is no picture below this folder"),
         ("empty.txt", "empty.txt: error: the split has no images"),
     ],
 )
 def test_entries_and_lists_stay_in_the_folder(folder: Path, entry: str, rule: str) -> None:
     (folder.parent / "secret.png").write_bytes(b"")
-    lines = ["/etc/passwd", "../../secret.png", "labels/train/a.txt", "images/val/a.png", "images\\train\\a.png"]
+    lines = ["/etc/passwd", "../../secret.png", "labels/train/a.txt", "images/val/a.png", "C:\\images\\a.png"]
     (folder / "list.txt").write_text("\n".join(lines))
     (folder / "empty.txt").write_text("")
     (folder / "data.yaml").write_text(f"names: [boat, car]\nval: images/val\ntest: images/test\ntrain: {entry}\n")
