@@ -20,6 +20,9 @@ SUFFIXES = {
 MAX_PIXELS = 2 * 89_478_485
 # Twice what a picture of that size takes without compression; decoders fail at 2 GiB.
 MAX_BYTES = 2**30
+# Of decoded to stored: deflate makes 1,032 bytes of one, and a grey byte becomes three. SMALL_BYTES harm nobody.
+MAX_RATIO = 4000
+SMALL_BYTES = 48 * 2**20
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _EXIF_PREFIX = b"Exif\0\0"
 
@@ -55,7 +58,7 @@ def read_header(path: Path) -> Header:
     Raises:
         FileNotFoundError: there is no such file.
         UnreadableFile: it is not a regular file, is empty, of no type among FORMATS, damaged, or has more than
-            MAX_PIXELS pixels or MAX_BYTES.
+            MAX_PIXELS pixels or MAX_BYTES, or more pixels than its bytes can hold.
     """
     try:
         status = path.stat()
@@ -82,7 +85,24 @@ def read_header(path: Path) -> Header:
         raise UnreadableFile(f"the image cannot be read: {error}") from error
     if header.width_px * header.height_px > MAX_PIXELS:
         raise UnreadableFile(_too_large(f"{header.width_px}x{header.height_px} px"))
+    if header.format == "PNG":
+        _check_chunks(path, status.st_size)
+    decoded_bytes = 3 * header.width_px * header.height_px
+    if decoded_bytes > max(SMALL_BYTES, MAX_RATIO * status.st_size):
+        size = f"{header.width_px}x{header.height_px} px in {status.st_size} bytes"
+        raise UnreadableFile(f"{size}: the file is cut off, its header is damaged, or it is a decompression bomb")
     return header
+
+
+def _check_chunks(path: Path, size_bytes: int) -> None:
+    """Raise UnreadableFile at a chunk of a PNG that is far longer than the file: OpenCV would make room for it."""
+    with path.open("rb") as file:
+        place = file.seek(8)
+        while len(start := file.read(8)) == 8:
+            length = int.from_bytes(start[:4])
+            if length > max(SMALL_BYTES, size_bytes - place):
+                raise UnreadableFile(f"a chunk says it has {length} bytes, in a file of {size_bytes}: it is damaged")
+            place = file.seek(place + 12 + length)
 
 
 def oddities(header: Header, name: str) -> dict[str, Oddity]:

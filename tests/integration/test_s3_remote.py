@@ -150,7 +150,7 @@ def test_what_the_server_lost_is_named_and_sent_again(repo: Path, proxy: FaultPr
     client = boto3.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
     client.delete_object(Bucket="drone", Key=f"dvc/files/md5/{md5[:2]}/{md5[2:]}")
     shutil.move(repo / ".dvc/cache", repo / "kept")
-    with pytest.raises(MissingObject, match="s3://drone/dvc/files/md5/.*: not in this source"):
+    with pytest.raises(MissingObject, match=r"s3://drone/dvc/files/md5/.*: not in this source"):
         fetch_version(version, repo)
     shutil.rmtree(repo / ".dvc/cache")
     shutil.move(repo / "kept", repo / ".dvc/cache")

@@ -138,11 +138,11 @@ def header_only_png(width_px: int, height_px: int) -> bytes:
 
 
 def test_bombs_are_refused_by_their_header(tmp_path: Path) -> None:
-    """The first is just within the limit, and fails for having no pixels."""
+    """The first is just within the limit of pixels, but a header is no room for them."""
     path = tmp_path / "a.png"
     height = MAX_PIXELS // 10_000
     path.write_bytes(header_only_png(10_000, height))
-    assert "cannot be decoded" in problems(path, 10_000, height)[0].rule
+    assert f"10000x{height} px in 45 bytes: the file is cut off" in problems(path, 10_000, height)[0].rule
     for size in ((10_000, height + 1), (60_000, 60_000), (2**31 - 1, 2**31 - 1)):
         path.write_bytes(header_only_png(*size))
         (problem,) = problems(path, *size)
@@ -204,3 +204,26 @@ def test_exif_blocks_of_damaged_files_are_survived(tmp_path: Path) -> None:
         except UnreadableFile:
             continue
         assert 1 <= header.orientation <= 8
+
+
+def test_more_pixels_than_the_bytes_can_hold_are_not_decoded(tmp_path: Path) -> None:
+    """A header of 12,000 x 12,000 px in front of 4 kB: a decoder would take 432 MB before it found the end."""
+    path = tmp_path / "cut.png"
+    grey = Image.new("L", (12_000, 12_000))
+    grey.save(path)
+    assert read_header(path).width_px == 12_000, "one colour all over is no bomb"
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(
+        UnreadableFile, match="12000x12000 px in 4000 bytes: the file is cut off, its header is damaged"
+    ):
+        read_header(path)
+
+
+def test_a_chunk_longer_than_its_file_is_not_made_room_for(tmp_path: Path) -> None:
+    path = tmp_path / "long.png"
+    Image.new("RGB", (32, 24)).save(path)
+    content = path.read_bytes()
+    start = content.index(b"IDAT") - 4
+    path.write_bytes(content[:start] + (2**30).to_bytes(4) + content[start + 4 :])
+    with pytest.raises(UnreadableFile, match="a chunk says it has 1073741824 bytes, in a file of 81: it is damaged"):
+        read_header(path)

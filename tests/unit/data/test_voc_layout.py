@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def test_neu_det_as_it_is_published(make_repo: Make, tmp_path: Path, is_split: b
         )
         for original, target in targets:
             (source / target).parent.mkdir(parents=True, exist_ok=True)
-            (source / target).symlink_to(original)
+            shutil.copyfile(original, source / target)
     notes = register("neu-det", source, repo=repo).notes
     assert notes[0].startswith("voc: ")
     labels = read_labels("voc", source, class_names(source), SplitRule() if is_split else BY_RATIO)
