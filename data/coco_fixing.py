@@ -11,9 +11,9 @@ from typing import Any
 
 from data.coco import is_int, is_side, is_xywh
 from data.coco_layout import CocoFile, above, below, folder_of
-from data.importing import write_whole
 from data.label_files import UnreadableFile, read_bytes
 from data.records import XYWH, clip_xywh
+from data.whole_file import write_whole
 
 
 def fix_coco(file: CocoFile, images: Path, renamed: Mapping[str, str], *, write: bool) -> Counter[str]:

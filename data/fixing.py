@@ -20,11 +20,12 @@ from data.coco_layout import find_layout
 from data.decode import UndecodableImage, read_bgr
 from data.headers import SUFFIXES, Header, oddities, orientation_at, read_header
 from data.images import leads_out
-from data.importing import copy_contents, remove, write_whole
+from data.importing import copy_contents, remove
 from data.label_files import UnreadableFile
 from data.problems import ImportRefused
 from data.reading import READERS, read_labels
 from data.records import ImageRecord
+from data.whole_file import write_whole
 
 # Parameters with which OpenCV writes a type without loss; JPEG has none.
 _LOSSLESS: dict[str, list[int]] = {"PNG": [], "BMP": [], "TIFF": [], "WEBP": [cv2.IMWRITE_WEBP_QUALITY, 101]}

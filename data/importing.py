@@ -22,6 +22,7 @@ from data.known_cards import KnownCard, count, differences, find_known
 from data.pictures import is_hidden, is_picture, link_problems
 from data.problems import ImportRefused, listing
 from data.reading import READERS, Labels, read_labels
+from data.whole_file import write_whole
 
 Format = Literal["auto", "coco", "voc", "yolo", "visdrone", "uavdt"]
 FORMATS: tuple[str, ...] = ("auto", *READERS)
@@ -313,16 +314,6 @@ def _with_dataset(params: Path, name: str) -> str:
     text = StringIO()
     editor.dump(content, text)
     return text.getvalue()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write the whole file or none of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def copy_contents(source: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ from data.report_page import page
 from data.splits import SplitRule
 from data.statistics import SplitStatistics, split_statistics
 from data.versioning import current_version, stage_name
+from data.whole_file import write_whole
 
 HTML, JSON, FINGERPRINTS, HISTORY = "report.html", "report.json", "images.json", "history.json"
 # The version's entry in dvc.lock, with which `data.restore` brings it back.
@@ -81,12 +82,12 @@ def write_report(name: str, version: str, repo: Path) -> DatasetReport:
             after = _objects_per_class(asdict(split) for split in splits.values())
             change = change_since(before, then, now, counts, after)
         report = DatasetReport(name, version, card.description, card.licence, classes, splits, change)
-        _write(known, json.dumps(now, separators=(",", ":"), sort_keys=True))
-        _write(folder / HTML, page(report, prepared / IMAGES, records))
-        _write(folder / JSON, json.dumps(asdict(report), indent=1, allow_nan=False))
+        write_whole(known, json.dumps(now, separators=(",", ":"), sort_keys=True))
+        write_whole(folder / HTML, page(report, prepared / IMAGES, records))
+        write_whole(folder / JSON, json.dumps(asdict(report), indent=1, allow_nan=False))
         if (recorded := current_version(name, repo)) is not None and recorded.version == version:
             entry = {"schema": "2.0", "stages": {stage_name(name): recorded.lock_entry}}
-            _write(folder / LOCK, yaml.safe_dump(entry, sort_keys=False))
+            write_whole(folder / LOCK, yaml.safe_dump(entry, sort_keys=False))
     return report
 
 
@@ -130,14 +131,7 @@ def _previous(version: str, reports: Path) -> str | None:
     history: list[str] = json.loads(path.read_bytes()) if path.is_file() else []
     if not history or history[-1] != version:
         history.append(version)
-        _write(path, json.dumps(history))
+        write_whole(path, json.dumps(history))
     earlier = history[: history.index(version)]
     kept = [old for old in earlier if all((reports / old / file).is_file() for file in (JSON, FINGERPRINTS))]
     return kept[-1] if kept else None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the whole file or none of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -21,6 +21,7 @@ from data.remote import NoRemote, cache_folder, fetch_version
 from data.report import LOCK, report_folder
 from data.store import fill
 from data.versioning import VersioningFailed, current_version, one_writer, run_dvc, stage_name
+from data.whole_file import write_whole
 
 CURRENT = "current"
 
@@ -157,6 +158,4 @@ def _record(name: str, entry: dict[str, Any], repo: Path) -> None:
     if path.is_file():
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content.setdefault("stages", {})[stage_name(name)] = entry
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, yaml.safe_dump(content, sort_keys=False))
