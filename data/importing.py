@@ -64,8 +64,8 @@ def register(
     `path` is a folder, a .zip or .tar archive, or `s3://bucket/prefix`, of which a copy is made in any case. `auto` is
     the one format whose layout the folder has. Where something is known of a dataset of this name (data/known), that
     holds, but for a licence that is given, and its expected counts are compared. The splits are the files' own, or,
-    where one is lacking, divided by the pictures' content: `splits` of the card. Without `protocol` it is
-    that of the format, and without `ignore_rule` it is `covered-half` where there are ignore regions.
+    where one is lacking, divided by the pictures' content: `splits` of the card. Without `protocol` it is that of
+    the format, and without `ignore_rule` that is `covered-half` where there are ignore regions.
 
     Raises:
         DatasetExists: a card, raw data or line in params.yaml of that name is there.
@@ -88,6 +88,7 @@ def register(
             if links:
                 raise ImportRefused(f"{str(path)!r}: links that lead out of the folder:\n{listing(links)}")
             labels, classes = _labels(format, folder, known)
+            missing = _missing(labels, folder)
             has_regions = any(image.ignore_xywh_px for split in labels.splits.values() for image in split.images)
             facts = {
                 "description": description or f"Imported from {Path(path).name}.",
@@ -106,7 +107,7 @@ def register(
                 raise InvalidCard("\n".join(f"dataset {name!r}: {fault}" for fault in faults(error))) from error
             _place(card, folder, repo, copy=copy, is_ours=folder != Path(path))
     notes = [f"{format}: {reason}"] if reason else []
-    return Imported(card, notes + _notes(card, labels, known))
+    return Imported(card, notes + _notes(card, labels, known, missing))
 
 
 def recognise(folder: Path) -> tuple[Format, str]:
@@ -142,19 +143,21 @@ def _labels(format: str, folder: Path, known: KnownCard | None) -> tuple[Labels,
         raise ImportRefused(f"{str(folder)!r}: no picture is in any split:\n{listing(labels.divider.problems)}")
     if not names:
         raise ImportRefused(f"{str(folder)!r}: no annotation file holds an object, so there is no class. Add labels")
-    missing, number = _missing(labels)
-    if len(missing) == number:
-        raise ImportRefused(f"{str(folder)!r}: none of {number} pictures is there, for example {missing[0]}. Add them")
     return labels, classes
 
 
-def _missing(labels: Labels) -> tuple[list[Path], int]:
-    """Return the files of pictures that are not there, and how many pictures there should be."""
+def _missing(labels: Labels, folder: Path) -> list[Path]:
+    """Return the files of pictures that are not there; ImportRefused when none is."""
     paths = [labels.divider.images / image.file_name for split in labels.splits.values() for image in split.images]
-    return [path for path in paths if not path.exists()], len(paths)
+    missing = [path for path in paths if not path.exists()]
+    if len(missing) == len(paths):
+        raise ImportRefused(
+            f"{str(folder)!r}: none of {len(paths)} pictures is there, for example {paths[0]}. Add them"
+        )
+    return missing
 
 
-def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None) -> list[str]:
+def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None, missing: list[Path]) -> list[str]:
     counts = {split: count(content) for split, content in labels.splits.items()}
     notes = [", ".join(f"{split} {found.images} images with {found.boxes} boxes" for split, found in counts.items())]
     rule = labels.divider.rule
@@ -164,7 +167,6 @@ def _notes(card: DatasetCard, labels: Labels, known: KnownCard | None) -> list[s
     if labels.problems:
         notes.append(f"{len(labels.problems)} warnings about labels; see speck data check {card.name}")
     images = [image for content in labels.splits.values() for image in content.images]
-    missing, _ = _missing(labels)
     if missing:
         notes.append(f"warning: {len(missing)} of {len(images)} pictures are missing, for example {missing[0]}")
     used = {box.label for image in images for box in image.boxes}

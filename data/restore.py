@@ -20,7 +20,7 @@ from data.prepare import replaced
 from data.remote import NoRemote, cache_folder, fetch_version
 from data.report import LOCK, report_folder
 from data.store import fill
-from data.versioning import VersioningFailed, current_version, one_writer, run_dvc, stage_name
+from data.versioning import VersioningFailed, changes_since_lock, current_version, one_writer, stage_name
 from data.whole_file import write_whole
 
 CURRENT = "current"
@@ -146,8 +146,7 @@ def _require_versioned(name: str, repo: Path) -> None:
 
 
 def _changed_deps(name: str, repo: Path, lock: int) -> tuple[str, ...]:
-    changes = json.loads(run_dvc(name, repo, lock, "status", "--json").stdout).get(stage_name(name), [])
-    found = (change.get("changed deps", {}) for change in changes if isinstance(change, dict))
+    found = (change.get("changed deps", {}) for change in changes_since_lock(name, repo, lock))
     return tuple(sorted(path for paths in found for path in paths))
 
 

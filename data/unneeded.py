@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from data.card import card_names
 from data.importing import remove
 from data.objects import FolderObjects
-from data.remote import PARTIALS, cache_folder, remote_states
+from data.remote import IN_REMOTE, PARTIALS, cache_folder, remote_states
 from data.restore import known_versions
 from data.versioning import current_version
 
@@ -30,7 +30,7 @@ class UnneededVersion(NamedTuple):
     @property
     def is_only_copy(self) -> bool:
         """Whether nobody knows of another: that the remote does not answer does not say that it has one."""
-        return self.remote != "in the remote"
+        return self.remote != IN_REMOTE
 
 
 def current_versions(repo: Path) -> set[str]:

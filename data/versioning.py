@@ -87,7 +87,7 @@ def planned_version(name: str, repo: Path) -> DatasetVersion | None:
     with one_writer(repo) as lock:
         if (version := current_version(name, repo)) is None or not _has_raw(name, repo):
             return version
-        changes = _changes(name, repo, lock)
+        changes = changes_since_lock(name, repo, lock)
     # Output that is not there is made again, or fetched, and has the same hash.
     return version if all("changed outs" in change for change in changes) else None
 
@@ -97,14 +97,14 @@ def _has_raw(name: str, repo: Path) -> bool:
 
 
 def _require_prepared(name: str, repo: Path, lock: int) -> None:
-    if any("changed outs" in change for change in _changes(name, repo, lock)):
+    if any("changed outs" in change for change in changes_since_lock(name, repo, lock)):
         raise VersioningFailed(
             f"dataset {name!r}: data/raw/{name} is missing, and data/processed/{name} is not the version of dvc.lock. "
             f"Bring the raw data back, or fetch the version: `speck data pull {name}`"
         )
 
 
-def _changes(name: str, repo: Path, lock: int) -> list[Any]:
+def changes_since_lock(name: str, repo: Path, lock: int) -> list[Any]:
     """What DVC sees changed since dvc.lock was written."""
     found: list[Any] = json.loads(run_dvc(name, repo, lock, "status", "--json").stdout).get(stage_name(name), [])
     return [change for change in found if isinstance(change, dict)]
