@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, TypedDict
 
+import numpy as np
+
 _MAX_LISTED = 20
 
 
@@ -41,13 +43,16 @@ def check_ground_truth(ground_truth: Mapping[str, Any]) -> None:
         for value, count in Counter(values).items()
         if count > 1
     ]
-    problems += _problems("annotation", ground_truth["annotations"], ground_truth)
+    if not _are_sound(ground_truth["annotations"], ground_truth):
+        problems += _problems("annotation", ground_truth["annotations"], ground_truth)
     if problems:
         raise BadGroundTruth(_listed(problems))
 
 
 def check_detections(detections: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> None:
     """Raises BadDetections: unknown image or category, no real box, a score that is missing or outside 0..1."""
+    if _are_sound(detections, ground_truth) and _are_scores([row.get("score") for row in detections]):
+        return
     problems = _problems("detection", detections, ground_truth)
     problems += [
         f"detection {row}: score {detection.get('score')!r} is outside 0..1"
@@ -56,6 +61,30 @@ def check_detections(detections: Sequence[Mapping[str, Any]], ground_truth: Mapp
     ]
     if problems:
         raise BadDetections(_listed(problems))
+
+
+def _are_sound(boxes: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> bool:
+    """Whether there is nothing to look for, said in a hundredth of the time that looking takes."""
+    image_ids = {image["id"] for image in ground_truth["images"]}
+    category_ids = {category["id"] for category in ground_truth["categories"]}
+    try:
+        known = {row["image_id"] for row in boxes} <= image_ids and {
+            row["category_id"] for row in boxes
+        } <= category_ids
+        xywh = np.array([row["bbox"] for row in boxes] or np.empty((0, 4)))
+    except (KeyError, TypeError, ValueError):
+        return False
+    if not known or xywh.dtype.kind not in "iuf" or xywh.ndim != 2 or xywh.shape[1] != 4:
+        return False
+    return bool(np.isfinite(xywh).all() and (xywh[:, 2:] > 0).all())
+
+
+def _are_scores(values: Sequence[object]) -> bool:
+    try:
+        scores = np.array(values or np.empty(0))
+    except ValueError:
+        return False
+    return scores.dtype.kind in "iuf" and bool(((scores >= 0) & (scores <= 1)).all())
 
 
 def _problems(what: str, boxes: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> list[str]:

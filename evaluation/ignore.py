@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from evaluation.tables import DetectionTable, TruthTable
 
 IgnoreRule = Literal["none", "covered-half"]
 
@@ -15,23 +17,19 @@ _HALF = 0.5 - 1e-9
 
 
 def in_ignore_regions(
-    boxes: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]], rule: IgnoreRule
+    table: TruthTable | DetectionTable, regions_xywh_px: Sequence[NDArray[np.float64]], rule: IgnoreRule
 ) -> NDArray[np.bool_]:
-    """True for each annotation or detection that the rule takes out of the score; bool (N,).
+    """True for each annotation or detection that the rule takes out of the score; bool, one a row of the table.
 
-    `boxes` are COCO entries with `image_id` and `bbox`; `images` may carry `ignore_regions_xywh`.
+    `regions_xywh_px`: (R, 4) for each image.
     """
-    ignored = np.zeros(len(boxes), dtype=bool)
+    ignored = np.zeros(len(table.image), dtype=bool)
     if rule == "none":
         return ignored
-    regions = {image["id"]: image["ignore_regions_xywh"] for image in images if image.get("ignore_regions_xywh")}
-    rows_by_image: dict[int, list[int]] = {}
-    for row, box in enumerate(boxes):
-        if box["image_id"] in regions:
-            rows_by_image.setdefault(box["image_id"], []).append(row)
-    for image_id, rows in rows_by_image.items():
-        boxes_xywh = np.array([boxes[row]["bbox"] for row in rows], dtype=np.float64)
-        ignored[rows] = covered_by_half(boxes_xywh, np.array(regions[image_id], dtype=np.float64))
+    for image, regions in enumerate(regions_xywh_px):
+        if len(regions):
+            rows = np.flatnonzero(table.image == image)
+            ignored[rows] = covered_by_half(table.boxes_xywh_px[rows], regions)
     return ignored
 
 

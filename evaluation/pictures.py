@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.colours import PALETTE, class_colour
-from evaluation.coco import RECALL_POINTS
 from evaluation.ignore import IgnoreRule
 from evaluation.matching import ImageMatches, match
+from evaluation.outcomes import RECALL_POINTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

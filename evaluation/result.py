@@ -48,8 +48,8 @@ class ScoreOptions(_Record):
 class ScoreResult(_Record):
     """Score of one run's detections on one split; None where there was no ground truth to score against.
 
-    `metrics` by name, which carries the protocol (`coco/AP_small`); `per_class` by class name, then metric. Two results
-    with the same `score_key`, dataset version and split compare.
+    `metrics` by name, which carries the protocol (`coco/AP_small`): COCO's, and those of `protocol`, the dataset's own;
+    `per_class` by class name, then metric. Two results with the same `score_key`, dataset version and split compare.
     """
 
     schema_version: Literal[1] = 1
@@ -66,9 +66,10 @@ class ScoreResult(_Record):
 
     @model_validator(mode="after")
     def _names_carry_protocol(self) -> ScoreResult:
-        strangers = [name for name in self.metrics if not name.startswith(f"{self.protocol}/")]
+        prefixes = ("coco/", f"{self.protocol}/")
+        strangers = [name for name in self.metrics if not name.startswith(prefixes)]
         if strangers:
-            raise ValueError(f"metric names must start with '{self.protocol}/', got {strangers}")
+            raise ValueError(f"metric names must start with one of {prefixes}, got {strangers}")
         return self
 
 

@@ -146,11 +146,7 @@ def flat_scores(result: RunResult) -> dict[str, float]:
     for split, score in result.scores.items():
         flat |= {f"{split}/{name}": value for name, value in score.metrics.items() if value is not None}
         for label, metrics in score.per_class.items():
-            flat |= {
-                f"{split}/{score.protocol}/{name}/{label}": value
-                for name, value in metrics.items()
-                if value is not None
-            }
+            flat |= {f"{split}/{name}/{label}": value for name, value in metrics.items() if value is not None}
     return {f"final/{name}": value for name, value in flat.items()}
 
 

@@ -133,8 +133,18 @@ def test_no_detections_is_zero_and_no_ground_truth_is_none() -> None:
     nothing_found = score(truth, [], ignore_rule="none")
     assert nothing_found.metrics["coco/AP"] == nothing_found.metrics["coco/AR_100"] == 0.0
     assert nothing_found.metrics["coco/AP_large"] is None
-    assert nothing_found.per_class["class-1"] == {"AP": 0.0, "AP50": 0.0, "AR": 0.0, "num_ground_truths": 1.0}
-    assert nothing_found.per_class["class-2"] == {"AP": None, "AP50": None, "AR": None, "num_ground_truths": 0.0}
+    assert nothing_found.per_class["class-1"] == {
+        "coco/AP": 0.0,
+        "coco/AP50": 0.0,
+        "coco/AR": 0.0,
+        "num_ground_truths": 1.0,
+    }
+    assert nothing_found.per_class["class-2"] == {
+        "coco/AP": None,
+        "coco/AP50": None,
+        "coco/AR": None,
+        "num_ground_truths": 0.0,
+    }
     assert list(nothing_found.precision_at_50) == ["class-1"]
 
     nothing_there = score(ground_truth(num_images=3), [detection(2, 1, [1, 1, 5, 5])], ignore_rule="none")
