@@ -1,0 +1,50 @@
+"""Ground truth and detections in COCO form for the tests of evaluation."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+
+def ground_truth(
+    *objects: tuple[int, int, list[float]], num_images: int = 1, num_classes: int = 1, **image: Any
+) -> dict[str, Any]:
+    """One annotation per (image_id, category_id, bbox)."""
+    return {
+        "images": [{"id": i, "width": 1000, "height": 1000, **image} for i in range(1, num_images + 1)],
+        "categories": [{"id": c, "name": f"class-{c}"} for c in range(1, num_classes + 1)],
+        "annotations": [
+            {"id": i, "image_id": image_id, "category_id": category_id, "bbox": bbox, "area": bbox[2] * bbox[3],
+             "iscrowd": 0}
+            for i, (image_id, category_id, bbox) in enumerate(objects, start=1)
+        ],
+    }  # fmt: skip
+
+
+def detection(image_id: int, category_id: int, bbox: list[float], confidence: float = 0.9) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": confidence}
+
+
+def random_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Objects of all sizes with crowds, tied scores, images without objects or detections, more than 100 detections."""
+    rng = np.random.default_rng(seed)
+    objects, crowds, found = [], [], []
+    for image_id in range(1, 9):
+        for _ in range(0 if image_id == 3 else int(rng.integers(0, 12))):
+            category_id = int(rng.integers(1, 4))
+            bbox = [*rng.uniform(0, 700, 2), *np.exp(rng.uniform(np.log(4), np.log(250), 2))]
+            objects.append((image_id, category_id, bbox))
+            crowds.append(int(rng.uniform() < 0.15))
+            if rng.uniform() < 0.8:
+                shifted = [value + rng.normal(0, 0.06) * bbox[2 + i % 2] for i, value in enumerate(bbox)]
+                found.append(detection(image_id, category_id, shifted, round(rng.uniform(), 1)))
+        for _ in range(int(rng.integers(0, 6)) + 130 * (image_id == 1)):
+            bbox = [*rng.uniform(0, 700, 2), *rng.uniform(4, 120, 2)]
+            found.append(detection(image_id, 1 + int(image_id != 1) * int(rng.integers(0, 3)), bbox, rng.uniform()))
+    truth = ground_truth(*objects, num_images=8, num_classes=4)
+    for annotation, crowd in zip(truth["annotations"], crowds, strict=True):
+        annotation["iscrowd"] = crowd
+    found = [d for d in found if d["image_id"] != 5]
+    return json.loads(json.dumps([truth, found]))
