@@ -48,3 +48,39 @@ def random_set(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         annotation["iscrowd"] = crowd
     found = [d for d in found if d["image_id"] != 5]
     return json.loads(json.dumps([truth, found]))
+
+
+def crowded_set(
+    num_images: int, num_objects: int, num_detections: int, num_classes: int = 10, seed: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """As uneven as drone pictures: a few images and classes hold most objects, most of them small.
+
+    Somewhat less than half of the detections lie near an object, most of these have its class.
+    """
+    rng = np.random.default_rng(seed)
+    image = rng.choice(num_images, num_objects, p=rng.dirichlet(np.full(num_images, 1.2)))
+    label = rng.choice(num_classes, num_objects, p=rng.dirichlet(np.full(num_classes, 0.8)))
+    boxes = _boxes(rng, num_objects)
+    source = rng.integers(0, num_objects, int(num_detections * 0.45))
+    near = boxes[source] + rng.normal(0, 0.13, (len(source), 4)) * np.tile(boxes[source, 2:], 2)
+    near[:, 2:] = near[:, 2:].clip(2)
+    elsewhere = image[rng.integers(0, num_objects, num_detections - len(source))]
+    guessed = rng.integers(0, num_classes, num_detections)
+    right = np.append(rng.uniform(size=len(source)) < 0.9, np.zeros(len(elsewhere), bool))
+    labels = np.where(right, np.append(label[source], elsewhere), guessed)
+    scores = np.append(rng.beta(3, 2, len(source)), rng.beta(1.2, 5, len(elsewhere))).round(4)
+    found = np.concatenate([near, _boxes(rng, len(elsewhere))]).round(2)
+    truth = ground_truth(
+        *zip((image + 1).tolist(), (label + 1).tolist(), boxes.round(2).tolist(), strict=True),
+        num_images=num_images,
+        num_classes=num_classes,
+        width=1400,
+        height=788,
+    )
+    columns = (np.append(image[source], elsewhere) + 1, labels + 1, found, scores)
+    return truth, [detection(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def _boxes(rng: np.random.Generator, count: int) -> Any:
+    sides = np.exp(rng.normal(3.3, 0.7, (count, 2))).clip(3, 300).round(2)
+    return np.concatenate([rng.uniform(0, 1, (count, 2)) * ([1400, 788] - sides), sides], axis=1)
