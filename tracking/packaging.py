@@ -40,11 +40,13 @@ def package(
     class_names: Sequence[str],
     input_size_px: int,
     postprocess: Mapping[str, float],
+    operating_point: Mapping[str, Any],
 ) -> Path:
     """Writes an MLflow pyfunc model to the new folder `out` and returns it.
 
     `weights` is a safetensors file of the detector's state; `settings` and `postprocess` are the keyword arguments of
-    `models.build` and `models.interface.PostprocessConfig`. No pickle is written. The copy of `models_folder` is named
+    `models.build` and `models.interface.PostprocessConfig`; `operating_point` tells users from which score to take a
+    detection seriously. No pickle is written. The copy of `models_folder` is named
     by its content, so that two versions loaded in one process cannot see each other's code.
 
     Raises FileExistsError when `out` exists.
@@ -60,6 +62,7 @@ def package(
         "class_names": list(class_names),
         "input_size_px": input_size_px,
         "postprocess": dict(postprocess),
+        "operating_point": dict(operating_point),
     }
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)

@@ -62,6 +62,7 @@ def packaged(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         class_names=["car", "van", "bus"],
         input_size_px=INPUT_SIZE_PX,
         postprocess=asdict(POSTPROCESS),
+        operating_point={"overall": {"score": 0.4}},
     )
 
 
