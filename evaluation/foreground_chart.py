@@ -18,24 +18,25 @@ _MARKERS: dict[Outcome, str] = {"found": "o", "missed": "x"}
 _BINS = np.linspace(0, 1, 26)
 # Of a quadrant: the share's name, what to call it, and where its corner lies (right, above).
 _CORNERS = (
-    ("weak_foreground", "weak foreground", (False, True)),
+    ("weak_foreground", "weak foreground, strong class", (False, True)),
     ("none_weak", "both strong", (True, True)),
     ("both_weak", "both weak", (False, False)),
-    ("weak_class", "weak class", (True, False)),
+    ("weak_class", "strong foreground, weak class", (True, False)),
 )
 
 
 def foreground_chart(report: ForegroundReport, path: Path) -> None:
     """Write class over foreground score of the missed and the found objects as PNG, with the share of each quadrant.
 
-    Beside the scatter the distribution of each score. Along the curve the product is the score threshold: below it
-    nothing is detected.
+    Above and beside the scatter stand the distributions of each score. Along the curve the product is the score
+    threshold: below it nothing is detected. An object found all the same owes that to an anchor point that was not
+    asked for it, such as a neighbour's.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 7.5), dpi=140, layout="constrained")
     ((above, corner), (axes, beside)) = figure.subplots(
-        2, 2, sharex="col", sharey="row", width_ratios=(5, 1), height_ratios=(1, 5)
+        2, 2, sharex="col", sharey="row", width_ratios=(4.4, 1.2), height_ratios=(1, 5)
     )
     corner.set_axis_off()
     for outcome, colour in _COLOURS.items():
@@ -54,18 +55,17 @@ def foreground_chart(report: ForegroundReport, path: Path) -> None:
     if report.score_threshold > 0:
         foreground = np.linspace(report.score_threshold, 1, 200)
         axes.plot(foreground, report.score_threshold / foreground, color="0.35", linewidth=1.2, linestyle="--",
-                  label=f"product {report.score_threshold:g}")  # fmt: skip
+                  label=f"score {report.score_threshold:g}")  # fmt: skip
     axes.set(xlabel="foreground score p(F)", ylabel="class score p(C|F) of the object's own class",
-             xlim=(-0.02, 1.02), ylim=(-0.13, 1.13), yticks=np.linspace(0, 1, 6))  # fmt: skip
+             xlim=(-0.02, 1.02), ylim=(-0.16, 1.16), yticks=np.linspace(0, 1, 6))  # fmt: skip
     above.set(ylabel="share")
     beside.set(xlabel="share")
     for panel in (axes, above, beside):
         panel.grid(color="0.9", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    for handle in corner.legend(
-        *axes.get_legend_handles_labels(), loc="center", frameon=False, fontsize=9
-    ).legend_handles:
+    legend = corner.legend(*axes.get_legend_handles_labels(), loc="center", frameon=False, fontsize=9)
+    for handle in legend.legend_handles:
         handle.set_alpha(1)
     figure.suptitle(_title(report), fontsize=11)
     figure.savefig(path)
@@ -76,7 +76,7 @@ def _quadrants(axes: Axes, report: ForegroundReport) -> None:
     axes.axhline(STRONG_SCORE, color="0.35", linewidth=0.8)
     axes.axvline(STRONG_SCORE, color="0.35", linewidth=0.8)
     for name, text, (right, high) in _CORNERS:
-        x, y, side = (1.0 if right else 0.0), (1.08 if high else -0.05), ("right" if right else "left")
+        x, y, side = (1.0 if right else 0.0), (1.125 if high else -0.055), ("right" if right else "left")
         axes.text(x, y, text, ha=side, va="center", fontsize=10)
         for line, outcome in enumerate(_COLOURS, start=1):
             share = getattr(report.overall[outcome], name)
