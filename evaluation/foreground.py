@@ -123,9 +123,14 @@ def best_scores(
     asked = torch.cat((middles_px - half_sizes_px, middles_px + half_sizes_px), dim=1)
     rows = []
     for boxes, own in zip(asked.split(_BLOCK), labels.split(_BLOCK), strict=True):
-        products = (foreground * classes[:, own].t()).nan_to_num(0)
-        best = products.where(points_in_boxes(centres_xy_px, boxes), -1).argmax(1)
-        rows.append(torch.stack((foreground[best], classes[best, own]), dim=1).nan_to_num(0))
+        # One row per object and point that it asks.
+        asking, point = points_in_boxes(centres_xy_px, boxes).nonzero(as_tuple=True)
+        pairs = torch.stack((foreground[point], classes[point, own[asking]]), dim=1).nan_to_num(0)
+        products = pairs.prod(1)
+        highest = products.new_zeros(len(own)).scatter_reduce(0, asking, products, "amax")
+        best = (products == highest[asking]).nonzero().squeeze(1)
+        first = best.new_full((len(own),), len(point)).scatter_reduce(0, asking[best], best, "amin")
+        rows.append(pairs[first])
     return torch.cat(rows)
 
 
