@@ -50,9 +50,9 @@ class ForegroundObserver:
     carry none. With `tiles`, as in `TiledPictures`, an object has a row for each tile that shows any of it.
 
     The anchor points asked are those inside the box; inside one cell of the finest level around its centre, where the
-    box is narrower or lower than that. The nearest alone would not do, for it is often one of a coarse level, which
-    small objects are not assigned to. The one with the highest product counts. A score that is not a number counts as
-    0: it never makes a detection.
+    box is narrower or lower than that. The nearest of all would not do, for it may be one of a coarse level, which
+    small objects are hardly assigned to. The one with the highest product counts. A score that is not a number counts
+    as 0: it never makes a detection.
     """
 
     def __init__(

@@ -8,6 +8,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from matplotlib.artist import Artist
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -38,17 +41,21 @@ def coloured(path: Path, colour: str) -> Any:
 
 
 @pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is written into every figure that is saved."""
-    found: list[str] = []
+def artists(monkeypatch: pytest.MonkeyPatch) -> list[Artist]:
+    """Everything in every figure that is saved."""
+    found: list[Artist] = []
     save = Figure.savefig
 
     def keep(figure: Figure, *arguments: Any, **options: Any) -> None:
-        found.extend(text.get_text() for text in figure.findobj(Text))
+        found.extend(figure.findobj())
         save(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return found
+
+
+def texts(artists: list[Artist]) -> set[str]:
+    return {artist.get_text() for artist in artists if isinstance(artist, Text)}
 
 
 def test_missed_and_found_stand_where_their_scores_are(tmp_path: Path) -> None:
@@ -66,25 +73,36 @@ def test_missed_and_found_stand_where_their_scores_are(tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / "one.png")).shape == (1050, 1190, 3)
 
 
-def test_the_shares_are_written_into_the_corners_and_the_title(tmp_path: Path, texts: list[str]) -> None:
+def test_outcomes_differ_in_their_markers_too(tmp_path: Path, artists: list[Artist]) -> None:
+    foreground_chart(report([(0.2, 0.9)], [(0.9, 0.2)]), tmp_path / "chart.png")
+    found, missed = (
+        {len(one.get_paths()[0].vertices) for one in artists
+         if isinstance(one, PathCollection) and to_hex(one.get_edgecolor()[0]).upper() == colour}
+        for colour in (FOUND, MISSED)
+    )  # fmt: skip
+    assert len(found) == len(missed) == 1
+    assert found != missed
+
+
+def test_the_shares_are_written_into_the_corners_and_the_title(tmp_path: Path, artists: list[Artist]) -> None:
     foreground_chart(report([(0.1, 0.9)] * 3 + [(0.1, 0.1)], [(0.9, 0.9)] * 2), tmp_path / "chart.png")
-    assert {"75% of missed", "25% of missed", "100% of found", "missed (4)", "found (2)", "score 0.3"} <= set(texts)
-    assert any(text.startswith("4 of 6 objects are missed, 75% of these") for text in texts)
+    assert {"75% of missed", "25% of missed", "100% of found", "missed (4)", "found (2)", "score 0.3"} <= texts(artists)
+    assert any(text.startswith("4 of 6 objects are missed, 75% of these") for text in texts(artists))
 
 
 def test_points_that_are_not_drawn_are_counted(
-    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, artists: list[Artist], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evaluation.foreground.MAX_POINTS", 10)
     foreground_chart(report([(0.1, 0.9)] * 30, []), tmp_path / "chart.png")
-    assert any(text.endswith("20 points not drawn") for text in texts)
-    assert "missed (30)" in texts
+    assert any(text.endswith("20 points not drawn") for text in texts(artists))
+    assert "missed (30)" in texts(artists)
 
 
 @pytest.mark.parametrize(("found", "title"), [([], "No ground truth"), ([(0.9, 0.9)], "None of 1 objects is missed")])
 def test_a_chart_of_nothing_missed(
-    tmp_path: Path, texts: list[str], found: list[tuple[float, float]], title: str
+    tmp_path: Path, artists: list[Artist], found: list[tuple[float, float]], title: str
 ) -> None:
     foreground_chart(report([], found), tmp_path / "chart.png")
-    assert title in texts
+    assert title in texts(artists)
     assert len(coloured(tmp_path / "chart.png", MISSED)) < 200, "the legend alone"
