@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,12 +28,18 @@ class Detected(NamedTuple):
 
 
 def detect(
-    detector: Detector, loader: Iterable[Batch], config: PostprocessConfig, *, device: torch.device, bf16: bool
+    detector: Detector,
+    loader: Iterable[Batch],
+    config: PostprocessConfig,
+    *,
+    device: torch.device,
+    bf16: bool,
+    observe: Callable[[Any, Batch], None] | None = None,
 ) -> Detected:
     """Detections of every image of `loader`; the detector's training and evaluation modes are restored afterwards.
 
     `bf16` runs the forward pass under autocast. Boxes are divided by the letterbox scale and clipped to the image;
-    `category_id` is label + 1.
+    `category_id` is label + 1. `observe` is shown the raw predictions of every batch, such as a `ForegroundObserver`.
     """
     found: list[CocoDetection] = []
     counts = dict.fromkeys(
@@ -44,6 +50,8 @@ def detect(
             images = batch.images.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 predictions = detector(images)
+            if observe is not None:
+                observe(predictions, batch)
             for detections, image_id, scale, (height_px, width_px) in zip(
                 detector.postprocess(predictions, config),
                 batch.image_ids,

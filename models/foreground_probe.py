@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .blocks import without_autocast
 from .heads import PRIOR_LOGIT, AnchorPredictions
-from .interface import Architecture, Detections, Losses, PostprocessConfig, Targets
+from .interface import AnchorScores, Architecture, Detections, Losses, PostprocessConfig, Targets
 from .losses import anchor_labels, anchor_losses, complete_iou_loss, foreground_loss
 from .settings import InvalidSetting
 from .yolox import MULTIPLIERS, STRIDES_P2, Yolox, YoloxConfig, build_yolox
@@ -215,6 +215,10 @@ class ForegroundProbe(nn.Module):
     def postprocess(self, predictions: ForegroundProbePredictions, config: PostprocessConfig) -> list[Detections]:
         """Return one `Detections` per image: score = refined objectness times the likeliest class's probability."""
         return self.base.postprocess(predictions.refined(self.unselected), config)
+
+    def anchor_scores(self, predictions: ForegroundProbePredictions) -> AnchorScores:
+        """Return the factors of the scores; foreground is the refined objectness."""
+        return predictions.refined(self.unselected).anchor_scores()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .blocks import ConvBlock, spatial_conv, without_autocast
 from .boxes import anchor_centers, anchor_grid, decode_boxes, distances_to_boxes
+from .interface import AnchorScores
 
 # Logit of the foreground probability, 0.01, at which every score starts.
 PRIOR_LOGIT = math.log(0.01 / 0.99)
@@ -44,6 +45,10 @@ class AnchorPredictions:
         """Return the decoded boxes (B, A, 4)."""
         return decode_boxes(self.boxes_raw, self.grid_xy, self.strides)
 
+    def anchor_scores(self) -> AnchorScores:
+        """Return the objectness as foreground, and the classes' own probabilities."""
+        return AnchorScores(self.anchors_xy_px, self.objectness_logits.sigmoid(), self.class_logits.sigmoid())
+
 
 @dataclass(frozen=True)
 class DistributionPredictions:
@@ -66,6 +71,20 @@ class DistributionPredictions:
     def decoded_boxes_xyxy_px(self) -> Tensor:
         """Return the decoded boxes (B, A, 4): each side at the mean of its distribution."""
         return distances_to_boxes(mean_distances(self.side_logits), self.anchors_xy_px, self.strides)
+
+    def anchor_scores(self) -> AnchorScores:
+        """Return foreground = 1 - prod(1 - p_c) over the classes' probabilities p, and p_c / foreground.
+
+        There is no objectness to ask. The classes are taken for independent, as their loss takes them: foreground is
+        the probability of any of them, and never below the largest p_c. The product is p_c, the score. With one class
+        foreground is the score, and the class is always 1.
+        """
+        # As a sum of logarithms, because 1 - p loses what is left of a small p.
+        foreground = -torch.expm1(-F.softplus(self.class_logits).sum(2))
+        # Where every p_c has run out of float32, 0 / 0.
+        divisor = foreground.clamp(min=torch.finfo(foreground.dtype).tiny).unsqueeze(2)
+        classes = (self.class_logits.sigmoid() / divisor).clamp(max=1)
+        return AnchorScores(self.anchors_xy_px, foreground, classes)
 
 
 def mean_distances(side_logits: Tensor) -> Tensor:

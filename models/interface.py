@@ -59,6 +59,21 @@ class Detections:
 
 
 @dataclass(frozen=True)
+class AnchorScores:
+    """The two factors of every score, float32 probabilities: a detection's score is their product for its class.
+
+    `centres_xy_px` (A, 2) of the anchor points; `foreground` (B, A): there is an object; `class_given_foreground`
+    (B, A, C): it is of this class, if there is one.
+
+    Source: Eq. (1), "Unmasking the Tiny: Foreground Probing for Small Object Detection".
+    """
+
+    centres_xy_px: Tensor
+    foreground: Tensor
+    class_given_foreground: Tensor
+
+
+@dataclass(frozen=True)
 class PostprocessConfig:
     """Thresholds of the step from raw predictions to detections."""
 
@@ -69,12 +84,12 @@ class PostprocessConfig:
 
 
 class Detector(Protocol):
-    """A `torch.nn.Module` with three verbs: forward, criterion, postprocess.
+    """A `torch.nn.Module` with three verbs, forward, criterion and postprocess, and what its scores are made of.
 
     `forward` takes images uint8 or float (B, 3, H, W), BGR, 0..255, H and W multiples of the largest
     stride, and returns raw predictions whose type belongs to the architecture. It may be wrapped in
-    DistributedDataParallel; `criterion` and `postprocess` hold no parameters and are called on the
-    detector itself.
+    DistributedDataParallel; `criterion`, `postprocess` and `anchor_scores` hold no parameters and are
+    called on the detector itself.
     """
 
     num_classes: int
@@ -90,6 +105,10 @@ class Detector(Protocol):
 
     def postprocess(self, predictions: Any, config: PostprocessConfig) -> list[Detections]:
         """One `Detections` per image."""
+        ...
+
+    def anchor_scores(self, predictions: Any) -> AnchorScores:
+        """The scores of all anchor points, before any threshold, in the two factors that they are made of."""
         ...
 
 

@@ -19,7 +19,7 @@ from .backbones import C2fDarknet, check_images, scaled_repeats
 from .blocks import without_autocast
 from .boxes import boxes_to_distances, distances_to_boxes
 from .heads import DistributionHead, DistributionPredictions, mean_distances
-from .interface import Architecture, Detections, Losses, PostprocessConfig, Targets
+from .interface import AnchorScores, Architecture, Detections, Losses, PostprocessConfig, Targets
 from .losses import anchor_labels, assignment_metrics, complete_iou_loss
 from .necks import C2fPAFPN
 from .postprocess import select_detections
@@ -131,6 +131,10 @@ class Yolov8(nn.Module):
         logits, labels = predictions.class_logits.max(dim=2)
         rows = zip(predictions.decoded_boxes_xyxy_px(), logits.sigmoid(), labels, strict=True)
         return [select_detections(*row, config) for row in rows]
+
+    def anchor_scores(self, predictions: DistributionPredictions) -> AnchorScores:
+        """Return the factors of the scores; see `DistributionPredictions.anchor_scores`."""
+        return predictions.anchor_scores()
 
 
 def distribution_loss(side_logits: Tensor, distances: Tensor) -> Tensor:

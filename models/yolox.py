@@ -15,7 +15,7 @@ from .assigners import CandidateMode, SimOTA
 from .backbones import CSPDarknet, check_images, scaled_repeats
 from .blocks import without_autocast
 from .heads import AnchorPredictions, DecoupledHead
-from .interface import Architecture, Detections, Losses, PostprocessConfig, Targets
+from .interface import AnchorScores, Architecture, Detections, Losses, PostprocessConfig, Targets
 from .losses import BoxLoss, anchor_losses, squared_iou_loss
 from .necks import PAFPN
 from .postprocess import select_detections
@@ -124,6 +124,10 @@ class Yolox(nn.Module):
         scores = predictions.objectness_logits.sigmoid() * class_logits.sigmoid()
         images = zip(predictions.decoded_boxes_xyxy_px(), scores, labels, strict=True)
         return [select_detections(*image, config) for image in images]
+
+    def anchor_scores(self, predictions: AnchorPredictions) -> AnchorScores:
+        """Return the factors of the scores; see `AnchorPredictions.anchor_scores`."""
+        return predictions.anchor_scores()
 
 
 def build_yolox(config: YoloxConfig, num_classes: int) -> Yolox:

@@ -211,6 +211,41 @@ def test_detections_keep_the_contract(trained: nn.Module) -> None:
         assert 0 <= one.num_dropped_candidates <= num_anchors - 30
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_score_of_every_anchor_point_is_the_product_of_its_factors(trained: nn.Module, bf16: bool) -> None:
+    config = PostprocessConfig(score_threshold=0, nms_iou=1, max_detections=10_000)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            predictions = trained(images(2))
+        scores, detections = trained.anchor_scores(predictions), trained.postprocess(predictions, config)
+    num_anchors = sum((64 // stride) ** 2 for stride in trained.strides)
+    assert scores.centres_xy_px.shape == (num_anchors, 2)
+    assert scores.foreground.shape == (2, num_anchors)
+    assert scores.class_given_foreground.shape == (2, num_anchors, NUM_CLASSES)
+    for factor in (scores.foreground, scores.class_given_foreground):
+        assert factor.dtype == torch.float32
+        assert ((factor >= 0) & (factor <= 1)).all()
+    products, labels = (scores.foreground.unsqueeze(2) * scores.class_given_foreground).max(dim=2)
+    for product, label, one in zip(products, labels, detections, strict=True):
+        assert len(one.scores) == num_anchors
+        for number in range(NUM_CLASSES):
+            expected = product[label == number].sort(descending=True).values
+            torch.testing.assert_close(one.scores[one.labels == number], expected, rtol=1e-6, atol=0)
+
+
+def test_anchor_points_lie_in_the_middle_of_their_cells(trained: nn.Module) -> None:
+    """Finest level first, row by row: as `boxes` decode them."""
+    with torch.no_grad():
+        scores = trained.anchor_scores(trained(images(1, 64, 96)))
+    expected = [
+        ((column + 0.5) * stride, (row + 0.5) * stride)
+        for stride in trained.strides
+        for row in range(64 // stride)
+        for column in range(96 // stride)
+    ]
+    assert scores.centres_xy_px.tolist() == [list(centre) for centre in expected]
+
+
 def test_the_package_imports_torch_and_the_standard_library_only() -> None:
     allowed = {*sys.stdlib_module_names, "torch"}
     for file in PACKAGE.glob("*.py"):

@@ -234,6 +234,10 @@ def test_a_score_is_refined_objectness_times_the_likeliest_class(
     expected = sorted((0.5 / (1 + math.exp(-x)) for x in logits), reverse=True)
     assert detections.scores.tolist() == pytest.approx(expected)
     assert len(detections.scores) == count
+    scores = build(unselected=unselected).anchor_scores(predictions)
+    foreground = [2 * score for score in expected] + [0.0] * (8 - count)
+    assert sorted(scores.foreground[0].tolist(), reverse=True) == pytest.approx(foreground)
+    assert scores.class_given_foreground.max(2).values.tolist() == [pytest.approx([0.5] * 8)]
 
 
 def num_parameters(module: nn.Module) -> int:

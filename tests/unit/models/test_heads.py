@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.heads import DecoupledHead, DistributionHead
+from models.boxes import anchor_grid
+from models.heads import DecoupledHead, DistributionHead, DistributionPredictions
 
 CHANNELS, STRIDES, NUM_CLASSES = (16, 32), (8, 16), 3
 
@@ -64,3 +68,34 @@ def test_every_prediction_is_its_predictor_at_its_position(make: Any, autocast: 
         assert got.dtype == torch.float32
         expected = torch.cat([position_by_position(p, x) for p, x in zip(predictors, maps[name], strict=True)], dim=1)
         torch.testing.assert_close(got.double(), expected.reshape(got.shape), rtol=1e-5, atol=1e-5)
+
+
+def distributions(class_logits: list[list[float]]) -> DistributionPredictions:
+    """Predictions (1, A, C) of anchor points in one row."""
+    logits = torch.tensor([class_logits])
+    grid = anchor_grid([(1, logits.shape[1])], [8], torch.device("cpu"))
+    return DistributionPredictions(torch.zeros(1, logits.shape[1], 4, 16), logits, *grid)
+
+
+@given(st.lists(st.lists(st.floats(-80, 40, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_without_objectness_foreground_is_the_chance_of_any_class(logits: list[list[float]]) -> None:
+    scores = distributions(logits).anchor_scores()
+    # In float64, where 1 - p keeps its digits down to p = e-30; below, the sum of the p is the chance of any.
+    p = 1 / (1 + np.exp(-np.array(logits)))
+    anything = np.where(p.max(1) > 1e-8, 1 - np.prod(1 - p, axis=1), p.sum(1))
+    np.testing.assert_allclose(scores.foreground[0], anything, rtol=2e-6)
+    np.testing.assert_allclose(scores.class_given_foreground[0], p / anything[:, None], rtol=3e-6)
+    assert (scores.class_given_foreground <= 1).all()
+    np.testing.assert_allclose(scores.foreground[0][:, None] * scores.class_given_foreground[0], p, rtol=1e-6)
+
+
+def test_scores_that_run_out_of_float32_are_zero_or_one() -> None:
+    scores = distributions([[-300.0, -300.0, -300.0], [300.0, 300.0, -300.0]]).anchor_scores()
+    assert scores.foreground.tolist() == [[0, 1]]
+    assert scores.class_given_foreground.tolist() == [[[0, 0, 0], [1, 1, 0]]]
+
+
+def test_of_one_class_foreground_is_the_score() -> None:
+    scores = distributions([[-3.0], [0.0], [5.0]]).anchor_scores()
+    torch.testing.assert_close(scores.foreground, torch.tensor([[-3.0, 0, 5]]).sigmoid())
+    torch.testing.assert_close(scores.class_given_foreground, torch.ones(1, 3, 1))
