@@ -23,8 +23,7 @@ def confusion(judged: Judged, threshold: float) -> Confusion:
     is_reported = judged.is_counted & (detections.scores >= threshold)
     is_hit, is_left = is_reported & judged.is_hit, judged.is_scored & (judged.found_at() < threshold)
     may_mistake = (is_reported & ~is_hit)[judged.overlaps.detection] & is_left[judged.overlaps.truth]
-    left_over = select(judged.overlaps, may_mistake & (judged.overlaps.iou >= IOU_OF_HIT))
-    ignored = ~judged.is_scored[None]
+    left_over, ignored = select(judged.overlaps, may_mistake), ~judged.is_scored[None]
     mistaken = match_greedily(left_over, len(is_hit), truths.is_crowd, ignored, np.array([IOU_OF_HIT]))[0, 0]
     taken = np.where(is_hit, judged.taken, mistaken)[is_reported]
 

@@ -60,7 +60,7 @@ def judge(truths: TruthTable, detections: DetectionTable, class_names: tuple[str
     truths, detections, is_scored = outcomes.truths, outcomes.detections, outcomes.is_scored[0]
     pairs = overlapping(truths, detections, IOU_OF_BACKGROUND, across_classes=True)
     is_own_class = truths.label[pairs.truth] == detections.label[pairs.detection]
-    own = select(pairs, is_own_class & (pairs.iou >= IOU_OF_HIT))
+    own = select(pairs, is_own_class)
     taken = match_greedily(own, len(detections.label), truths.is_crowd, ~is_scored[None], np.array([IOU_OF_HIT]))[0, 0]
     on_objects = is_scored[pairs.truth]
     return Judged(
