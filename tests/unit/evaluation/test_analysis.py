@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from crowded_scenes import Box, Scene, make_scene, random_scene, scenes
-from hypothesis import given
+from hypothesis import given, settings
 from plain_analysis import PlainAnalysis
 from pydantic import TypeAdapter
 
@@ -230,6 +230,7 @@ def test_equals_loops_over_the_definitions(seed: int) -> None:
     _compare(random_scene(seed), 4)
 
 
+@settings(deadline=None)
 @given(scenes())
 def test_equals_them_on_any_small_scene(scene: Scene) -> None:
     _compare(scene, 2)

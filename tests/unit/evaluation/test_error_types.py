@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from crowded_scenes import Scene, random_scene, scenes
-from hypothesis import given
+from hypothesis import given, settings
 from plain_analysis import PlainAnalysis
 
 from evaluation.analysis import ErrorTypes
@@ -169,6 +169,7 @@ def test_equals_loops_over_the_definitions(seed: int) -> None:
     _compare(scene, 0.0, 4)
 
 
+@settings(deadline=None)
 @given(scenes())
 def test_equals_them_on_any_small_scene(scene: Scene) -> None:
     _compare(scene, 0.5, 2)
