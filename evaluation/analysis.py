@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from evaluation.ignore import IgnoreRule
+from evaluation.tables import Tables
+
 # Sides, sqrt(area), in pixels: from the first number to below the second. AI-TOD's bounds.
 SIZES_PX: dict[str, tuple[float, float]] = {
     "below 8 px": (0, 8), "8-16 px": (8, 16), "16-32 px": (16, 32), "32-64 px": (32, 64),
@@ -26,7 +29,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Thresholds of the highest F1: one for all classes together, and by class name, None without ground truth."""
+    """Thresholds of the highest F1: one for all classes together, and by class name; None where there is none.
+
+    That is where no threshold gave a hit on the split it was chosen on; as measured on another, also without objects.
+    """
 
     overall: Threshold | None
     per_class: dict[str, Threshold | None]
@@ -36,8 +42,9 @@ class OperatingPoint:
 class ErrorTypes:
     """What keeps AP50 from 1, by type: class, localisation, both, duplicate, background, missed (Bolya et al. 2020).
 
-    `counts`: errors of that type; `lost_ap50`: how much AP50, the mean over classes, would gain if errors of this type
-    alone were mended.
+    `counts`: errors of that type at the operating point; `lost_ap50`: how much AP50, the mean over classes, would gain
+    if errors of this type alone, at any score, were mended; also of all `false positives` and all `false negatives`.
+    Empty without objects, where AP50 is None.
     """
 
     ap50: float | None
@@ -72,7 +79,10 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Detections with scores from `low` to below `high`: how many, their mean score, and the share that are right."""
+    """Detections with scores from `low` to below `high`: how many, their mean score, and the share that are right.
+
+    The last bin includes its `high`.
+    """
 
     low: float
     high: float
@@ -93,8 +103,9 @@ class Reliability:
 class InspectionPoint:
     """Image-level rates at one threshold; None where there is no such image.
 
-    `escape_rate`: share of the images with objects in which nothing is reported; `overkill_rate`: share of the images
-    without objects in which something is; `false_positives_per_clean_image`: detections on images without objects.
+    `escape_rate`: share of the images with objects in which nothing is reported, right or wrong; `overkill_rate`: share
+    of the images without objects in which something is; `false_positives_per_clean_image`: detections per image
+    without objects.
     """
 
     threshold: float
@@ -105,7 +116,10 @@ class InspectionPoint:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an inspector asks: which parts with a defect pass, which good ones are stopped."""
+    """What an inspector asks: which parts with a defect pass, which good ones are stopped.
+
+    Images with nothing but ignored objects or crowds are in neither number.
+    """
 
     num_images_with_objects: int
     num_images_without: int
@@ -123,7 +137,10 @@ class IgnoredHits:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`operating_point` was chosen on the split `chosen_on`: on val, also for test, which must not choose."""
+    """`operating_point` was chosen on the split `chosen_on`: on val, also for test, which must not choose.
+
+    Its precision, recall and F1 are those of the split analysed.
+    """
 
     operating_point: OperatingPoint
     chosen_on: str
@@ -133,3 +150,46 @@ class Analysis:
     reliability: Reliability
     inspection: Inspection
     ignored_hits: IgnoredHits
+
+
+def analyse(
+    tables: Tables,
+    *,
+    ignore_rule: IgnoreRule,
+    max_dets: int,
+    operating_point: OperatingPoint | None = None,
+    chosen_on: str,
+) -> Analysis:
+    """Analyse one split by COCO's rules at IoU .50, with `max_dets` detections per image and class.
+
+    Without `operating_point` this split, `chosen_on`, chooses it. What is said "at the operating point" is said at its
+    overall threshold for all classes; where it has none, at all scores, and no point is marked in `inspection`.
+
+    Raises:
+        ValueError: `max_dets` is below 1.
+    """
+    # They make the records above.
+    from evaluation.coco import scored_rows
+    from evaluation.confusion import confusion, recall_by_size
+    from evaluation.error_types import error_types
+    from evaluation.inspection import inspection
+    from evaluation.judged import judge
+    from evaluation.operating_point import choose_operating_point, measure_operating_point
+    from evaluation.reliability import reliability
+
+    truths, detections, _ = scored_rows(tables, ignore_rule)
+    judged = judge(truths, detections, tables.class_names, max_dets)
+    chosen = operating_point or choose_operating_point(judged)
+    threshold = chosen.overall.score if chosen.overall else 0.0
+    num_in_regions = (tables.detections.scores >= threshold).sum() - (detections.scores >= threshold).sum()
+    num_on_crowds = (~judged.is_counted & (judged.detections.scores >= threshold)).sum()
+    return Analysis(
+        measure_operating_point(judged, chosen),
+        chosen_on,
+        error_types(judged, threshold),
+        recall_by_size(judged, threshold),
+        confusion(judged, threshold),
+        reliability(judged),
+        inspection(tables, judged, threshold if chosen.overall else None),
+        IgnoredHits(int(num_in_regions), int(num_on_crowds)),
+    )
