@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from evaluation.coco import CocoScore
 
 _parsing = threading.Lock()
-_DRAWING = ("matching.py", "pictures.py")
+_DRAWING = ("foreground_chart.py", "pictures.py")
 _Count = Annotated[int, Field(ge=0)]
 _Key = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 

@@ -53,7 +53,7 @@ def test_fields_and_metric_names() -> None:
     assert list(stored["metrics"]) == [f"coco/{name}" for name in ap_names + ar_names]
     assert stored["metrics"]["coco/AP_small"] == pytest.approx(1.0)
     assert stored["metrics"]["coco/AP_large"] is None
-    assert stored["per_class"]["bus"] == {"AP": None, "AP50": None, "AR": None, "num_ground_truths": 0.0}
+    assert stored["per_class"]["bus"] == {"coco/AP": None, "coco/AP50": None, "coco/AR": None, "num_ground_truths": 0.0}
     assert stored["counts"]["num_dropped_candidates"] == 3
 
 
@@ -69,7 +69,7 @@ def test_only_finite_numbers_are_read(value: str) -> None:
     "changes",
     [
         {"metrics": {"coco/AP": float("nan")}},
-        {"per_class": {"car": {"AP": float("inf")}}},
+        {"per_class": {"car": {"coco/AP": float("inf")}}},
         {"metrics": {"AP": 0.5}},
         {"metrics": {"visdrone/AP": 0.5}},
         {"counts": {"num_images": -1}},
