@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _parsing = threading.Lock()
 _DRAWING = (
-    "charts.py", "comparison_page.py", "contact_sheet.py", "error_pictures.py", "plots.py", "report_page.py"
+    "charts.py", "comparison_page.py", "contact_sheet.py", "error_pictures.py", "plots.py", "report_page.py",
+    "report_sections.py",
 )  # fmt: skip
 _Count = Annotated[int, Field(ge=0)]
 _Key = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]

@@ -16,12 +16,6 @@ from data.decode import UndecodableImage
 from evaluation.contact_sheet import predictions_page
 
 
-def pixels_of(path: Path, colour: str, tolerance: int = 24) -> int:
-    """Number of pixels of about this `#rrggbb` colour."""
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (5, 3, 1)])
-    return int((np.abs(cv2.imread(str(path)).astype(int) - wanted).max(axis=2) <= tolerance).sum())
-
-
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Four grey pictures of 160 x 160 px and a large one."""
