@@ -135,5 +135,5 @@ def _picture(
     height_px, width_px = pixels.shape[:2]
     return (
         f'<figure class="errorpicture"><figcaption>{escape(str(image["file_name"]))} · {width_px}x{height_px} px, '
-        f'shown {zoom:.2g}x</figcaption><div class="sides">{"".join(views)}</div></figure>'
+        f'shown up to {zoom:.2g}x</figcaption><div class="sides">{"".join(views)}</div></figure>'
     )

@@ -154,7 +154,7 @@ def _pictures(split: SplitReport, images_folder: Path, num_images: int) -> str:
         beside = enlarged(pixels, marks, [annotations[row] for row in found.misses], names, zoom)
         parts.append(
             f'<figure class="errorpicture"><figcaption><b>{outcome}</b> · {escape(str(image["file_name"]))} · '
-            f"{width_px}x{height_px} px, shown {zoom:.2g}x</figcaption>"
+            f"{width_px}x{height_px} px, shown up to {zoom:.2g}x</figcaption>"
             f'<div class="beside">{drawing}{beside}</div></figure>'
         )
     return "".join(parts)
