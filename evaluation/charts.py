@@ -20,7 +20,7 @@ _INK, _SECOND_INK = PALETTE[5], PALETTE[0]
 _WIDTH, _HEIGHT = 520, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 30, 46
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-_DASHES = ("", "6 3", "2 2")
+_DASHES = ("", "6 3")
 _ERRORS = {
     "class": "right place, wrong class",
     "localisation": "right class, box too far off",
@@ -72,7 +72,7 @@ def pr_curves(precision_at_50: Mapping[str, NDArray[np.float64]]) -> str:
 def size_bars(sizes: Sequence[SizeRecall]) -> str:
     """Share of the objects of each size that were found: at any score, and at the operating point."""
     groups = [
-        (size.size.removesuffix(" and more") + ("+" if "more" in size.size else ""), f"{size.num_objects:,} objects", [
+        (size.size.replace(" and more", "+"), f"{size.num_objects:,} objects", [
             Column(found / size.num_objects if size.num_objects else None,
                    f"{size.size}, {what}: {found:,} of {size.num_objects:,} found")
             for found, what in ((size.num_found, "any score"), (size.num_found_at_threshold, "operating point"))

@@ -105,7 +105,7 @@ def _totals(differences: Sequence[_Difference], sides: tuple[Side, Side]) -> str
          f"{sum(len(difference.matches[place].false_positives) for difference in differences):,}")
         for place, side in enumerate(sides)
     ]  # fmt: skip
-    return table(("at IoU .50", ""), rows, "wrapped")
+    return f'<div class="scroll">{table(("at IoU .50", ""), rows)}</div>'
 
 
 def _picture(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from html import escape
 from typing import Any, NamedTuple
 
@@ -89,14 +90,10 @@ def _sizes(splits: Sequence[SplitReport]) -> str:
         )
     ]  # fmt: skip
     for prefix in dict.fromkeys(name.partition("/")[0] for split in splits for name in split.result.metrics):
-        ap = [_ap_by_size(split.result, prefix) for split in splits]
-        if any(ap):
-            by_split = dict(zip(map(id, splits), ap, strict=True))
+        if any(_ap_by_size(prefix, split) for split in splits):
             parts.append(
                 _side_by_side(
-                    splits, lambda split, by_split=by_split, prefix=prefix: ap_bars(  # type: ignore[misc]
-                        by_split[id(split)], f"{prefix}: AP by size"
-                    ),
+                    splits, partial(_ap_chart, prefix),
                     f"AP of {prefix} by the size of objects, in that protocol's own areas: where the bars fall, the "
                     "model loses.",
                 )
@@ -105,9 +102,14 @@ def _sizes(splits: Sequence[SplitReport]) -> str:
     return "".join(parts) + _recall_by_class(last.analysis.recall_by_size, last.result.split)
 
 
-def _ap_by_size(result: ScoreResult, prefix: str) -> dict[str, float | None]:
-    found = ((re.fullmatch(rf"{re.escape(prefix)}/AP_([a-z]+)", name), value) for name, value in result.metrics.items())
-    return {matched[1]: value for matched, value in found if matched}
+def _ap_chart(prefix: str, split: SplitReport) -> str:
+    return ap_bars(_ap_by_size(prefix, split), f"{prefix}: AP by size")
+
+
+def _ap_by_size(prefix: str, split: SplitReport) -> dict[str, float | None]:
+    start = f"{prefix}/AP_"
+    metrics = split.result.metrics.items()
+    return {name.removeprefix(start): value for name, value in metrics if name.startswith(start)}
 
 
 def _recall_by_class(sizes: Sequence[SizeRecall], split: str) -> str:
@@ -132,11 +134,12 @@ def _classes(splits: Sequence[SplitReport]) -> str:
     per_class = [split.result.per_class for split in splits]
     metrics = [*dict.fromkeys(metric for classes in per_class for row in classes.values() for metric in row)]
     lead = next((metric for metric in metrics if metric.endswith("/AP")), metrics[0] if metrics else "")
-    last = per_class[-1]
-    names = sorted(
-        dict.fromkeys(name for classes in per_class for name in classes),
-        key=lambda name: (value := last.get(name, {}).get(lead)) is None or value,
-    )
+
+    def ap_of(name: str) -> float:
+        value = per_class[-1].get(name, {}).get(lead)
+        return math.inf if value is None else value
+
+    names = sorted(dict.fromkeys(name for classes in per_class for name in classes), key=ap_of)
     head = [f"{_metric_name(metric)}<br><small>{split.result.split}</small>" for metric in metrics for split in splits]
     rows = [
         (
