@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from math import floor, log2, log10
+from math import log2
 
 from data.colours import PALETTE
+from data.page import grid, round_up, svg, swatch, text
 from data.statistics import AITOD_SIDES_PX, COCO_SIDES_PX, SIDE_EDGES_PX
 
 _INK = "#0072B2"
@@ -15,18 +16,13 @@ _BUCKET_COLOURS = ("#67001F", "#B2182B", "#EF8A62", "#FDDBC7", "#92C5DE", "#2166
 _WIDTH = 1080
 
 
-def bar(share: float, colour: str = _INK) -> str:
-    """A bar of a share of its cell's width, 0..1."""
-    return f'<span class="bar"><i style="width:{100 * share:.1f}%;background:{colour}"></i></span>'
-
-
 def size_histogram(sides: Sequence[int]) -> str:
     """Objects by sqrt(area) in half octaves; the fill tells AI-TOD's buckets, dashed lines stand at COCO's limits."""
     width, height, left, top, bottom = _WIDTH, 260, 52, 26, 46
     step = (width - left - 8) / len(sides)
-    peak = _round_up(max(*sides, 1))
+    peak = round_up(max(*sides, 1))
     plot = height - top - bottom
-    parts = [_grid(peak, left, width - 8, top, plot)]
+    parts = [grid(peak, left, width - 8, top, plot)]
     lows = (0.0, *SIDE_EDGES_PX)
     for number, count in enumerate(sides):
         x, h = left + number * step, plot * count / peak
@@ -37,25 +33,20 @@ def size_histogram(sides: Sequence[int]) -> str:
             f'fill="{_bucket_colour(lows[number])}"><title>{span}: {count}</title></rect>'
         )
         if not number % 2:
-            parts.append(_text(x, height - 26, f"{lows[number]:g}" if number else "0", "middle"))
+            parts.append(text(x, height - 26, f"{lows[number]:g}" if number else "0", "middle"))
     for name, limit_px in list(COCO_SIDES_PX.items())[:-1]:
         x = left + step * (2 * log2(limit_px))
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{top + plot}" class="limit"/>')
-        parts.append(_text(x - 4, top - 10, f"COCO {name}", "end"))
-    parts.append(_text(x + 4, top - 10, "large", "start"))
-    parts.append(_text(left + (width - left) / 2, height - 6, "sqrt(area), px", "middle"))
-    return _svg(width, height, parts, "Objects by size")
+        parts.append(text(x - 4, top - 10, f"COCO {name}", "end"))
+    parts.append(text(x + 4, top - 10, "large", "start"))
+    parts.append(text(left + (width - left) / 2, height - 6, "sqrt(area), px", "middle"))
+    return svg(width, height, parts, "Objects by size")
 
 
 def size_legend() -> str:
     """The colours of AI-TOD's buckets."""
     entries = zip(AITOD_SIDES_PX, _BUCKET_COLOURS, strict=True)
     return '<p class="legend">' + " ".join(swatch(name, colour) for name, colour in entries) + "</p>"
-
-
-def swatch(name: str, colour: str) -> str:
-    """A colour and what it stands for."""
-    return f'<span class="swatch"><i style="background:{colour}"></i>{escape(name)}</span>'
 
 
 def objects_histogram(images_by_objects: Mapping[str, Mapping[int, int]]) -> str:
@@ -73,10 +64,10 @@ def objects_histogram(images_by_objects: Mapping[str, Mapping[int, int]]) -> str
         ]
         for split, counts in images_by_objects.items()
     }
-    peak = _round_up(100 * max(max(values) for values in shares.values())) / 100
+    peak = round_up(100 * max(max(values) for values in shares.values())) / 100
     step = (width - left - 8) / len(bins)
     inner = (step - 6) / len(shares)
-    parts = [_grid(100 * peak, left, width - 8, top, plot, "%")]
+    parts = [grid(100 * peak, left, width - 8, top, plot, "%")]
     for number, (low, high) in enumerate(bins):
         x = left + number * step
         span = f"{low}" if low == high else f"{low}–{high}"
@@ -87,10 +78,10 @@ def objects_histogram(images_by_objects: Mapping[str, Mapping[int, int]]) -> str
                 f'fill="{PALETTE[place]}"><title>{escape(split)}, {span} objects: {values[number]:.1%} of the images'
                 "</title></rect>"
             )
-        parts.append(_text(x + step / 2, height - 26, span, "middle"))
-    parts.append(_text(left + (width - left) / 2, height - 6, "objects in an image", "middle"))
+        parts.append(text(x + step / 2, height - 26, span, "middle"))
+    parts.append(text(left + (width - left) / 2, height - 6, "objects in an image", "middle"))
     legend = " ".join(swatch(split, PALETTE[place]) for place, split in enumerate(shares))
-    return _svg(width, height, parts, "Images by number of objects") + f'<p class="legend">{legend}</p>'
+    return svg(width, height, parts, "Images by number of objects") + f'<p class="legend">{legend}</p>'
 
 
 def heat_map(cells: Sequence[Sequence[int]]) -> str:
@@ -106,7 +97,7 @@ def heat_map(cells: Sequence[Sequence[int]]) -> str:
     ]
     size = side * len(cells)
     parts.append(f'<rect width="{size}" height="{size}" class="frame"/>')
-    return _svg(size, size, parts, "Where the centres of objects lie")
+    return svg(size, size, parts, "Where the centres of objects lie")
 
 
 def _bucket_colour(low_px: float) -> str:
@@ -114,30 +105,3 @@ def _bucket_colour(low_px: float) -> str:
         if low_px < limit_px:
             return colour
     raise AssertionError("the last bucket has no limit")
-
-
-def _round_up(value: float) -> float:
-    """The next number whose quarters are short to write: 1, 2, 4, 6 or 8 times a power of ten."""
-    power: float = 10.0 ** floor(log10(value))
-    return next(factor * power for factor in (1, 2, 4, 6, 8, 10) if factor * power >= value)
-
-
-def _grid(peak: float, left: float, right: float, top: float, plot: float, unit: str = "") -> str:
-    parts = []
-    for quarter in range(5):
-        y = top + plot * (1 - quarter / 4)
-        value = peak * quarter / 4
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(_text(left - 6, y + 4, f"{value:,g}{unit}", "end"))
-    return "".join(parts)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, parts: Iterable[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )

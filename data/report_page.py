@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
 from data.colours import class_colour
+from data.page import bar, document, swatch, table
 from data.records import ImageRecord
-from data.report_charts import bar, heat_map, objects_histogram, size_histogram, size_legend, swatch
+from data.report_charts import heat_map, objects_histogram, size_histogram, size_legend
 from data.report_pictures import chosen, drawn
 
 if TYPE_CHECKING:
     from data.report import DatasetReport
     from data.report_change import Change
     from data.statistics import SplitStatistics
-
-TEMPLATE = Path(__file__).parent / "report_page.html"
 
 
 def page(report: DatasetReport, images: Path, records: Mapping[str, Sequence[ImageRecord]]) -> str:
@@ -34,14 +32,11 @@ def page(report: DatasetReport, images: Path, records: Mapping[str, Sequence[Ima
         "Pictures": _legend(report.classes)
         + "".join(_pictures(name, content, images, report.classes) for name, content in records.items()),
     }
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items())
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name=escape(report.name),
-        version=report.version,
-        description=escape(report.description),
-        licence=escape(report.licence),
-        body=body,
+    header = (
+        f"<h1>{escape(report.name)}</h1><p><code>version {report.version}</code></p>"
+        f"<p>{escape(report.description)}</p><p>Licence: {escape(report.licence)}</p>"
     )
+    return document(f"{report.name} {report.version}", header, sections)
 
 
 def _split_table(splits: Mapping[str, SplitStatistics]) -> str:
@@ -62,7 +57,7 @@ def _split_table(splits: Mapping[str, SplitStatistics]) -> str:
         "image sizes": lambda split: _sizes_named(split.image_sizes),
     }
     body = ((name, *(value(split) for split in splits.values())) for name, value in rows.items())
-    return _table(("", *map(escape, splits)), body)
+    return table(("", *map(escape, splits)), body)
 
 
 def _tiling(splits: Mapping[str, SplitStatistics]) -> str:
@@ -94,8 +89,8 @@ def _change(change: Change | None) -> str:
     ]
     return (
         f"<p>Since version <code>{change.previous}</code>:</p>"
-        + _table(("images", "", ""), rows, "names")
-        + _table(("objects", "before", "now", "change"), classes)
+        + table(("images", "", ""), rows, "names")
+        + table(("objects", "before", "now", "change"), classes)
     )
 
 
@@ -110,7 +105,7 @@ def _class_table(report: DatasetReport) -> str:
             for split, peak in zip(splits, peaks, strict=True)
         ]
         rows.append((swatch(name, class_colour(label)), *cells))
-    return _table(("", *map(escape, report.splits)), rows, "wide")
+    return table(("", *map(escape, report.splits)), rows, "wide")
 
 
 def _sizes(splits: Mapping[str, SplitStatistics]) -> str:
@@ -127,7 +122,7 @@ def _sizes(splits: Mapping[str, SplitStatistics]) -> str:
             (f"{name} <small>{span}</small>", *(_part(split[name], sum(split.values())) for split in counts))
             for name, span in spans.items()
         ]
-        parts.append(_table((title, *map(escape, splits)), rows))
+        parts.append(table((title, *map(escape, splits)), rows))
     return "".join([*parts, "</div>"])
 
 
@@ -164,9 +159,3 @@ def _sizes_named(sizes: Mapping[str, int]) -> str:
 def _names(names: Sequence[str], count: int) -> str:
     more = f" and {count - len(names):,} more" if count > len(names) else ""
     return escape(", ".join(names)) + more
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
-    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'

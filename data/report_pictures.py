@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from cv2.typing import MatLike
 
 from data.colours import class_colour
 from data.decode import read_bgr
+from data.page import jpeg_uri, png_uri
 from data.records import XYWH, Box, ImageRecord
 
 NUM_PICTURES = 8
@@ -101,10 +101,7 @@ def _svg(
     part = pixels[y : y + h, x : x + w]
     if zoom < 1:
         part = cv2.resize(part, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
-    suffix = ".jpg" if zoom < 4 else ".png"
-    parameters = (cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY) if suffix == ".jpg" else ()
-    data = base64.b64encode(cv2.imencode(suffix, part, parameters)[1].tobytes()).decode()
-    kind = {".jpg": "jpeg", ".png": "png"}[suffix]
+    uri = jpeg_uri(part, _JPEG_QUALITY) if zoom < 4 else png_uri(part)
     marks = [_mark(region, 'class="ignored"', "ignore region") for region in record.ignore_xywh_px]
     for box in sorted(record.boxes, key=lambda box: not box.is_crowd):
         width, height = box.box_xywh_px[2:]
@@ -114,7 +111,7 @@ def _svg(
     return (
         f'<svg viewBox="{x} {y} {w} {h}" width="{w * zoom:.0f}" height="{h * zoom:.0f}" class="boxes">'
         f'<image x="{x}" y="{y}" width="{w}" height="{h}" preserveAspectRatio="none" '
-        f'href="data:image/{kind};base64,{data}"/>{"".join(marks)}</svg>'
+        f'href="{uri}"/>{"".join(marks)}</svg>'
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.analysis import SIZES_PX, Confusion, SizeRecall
+from evaluation.analysis_records import SIZES_PX, Confusion, SizeRecall
 from evaluation.judged import IOU_OF_HIT, Judged, select
 from evaluation.matching import NOT_MATCHED, match_greedily
 

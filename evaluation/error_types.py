@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.analysis import ErrorTypes
+from evaluation.analysis_records import ErrorTypes
 from evaluation.coco import mean_of_known
 from evaluation.judged import IOU_OF_BACKGROUND, IOU_OF_HIT, Judged
 from evaluation.matching import NOT_MATCHED

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.analysis import Inspection, InspectionPoint
+from evaluation.analysis_records import Inspection, InspectionPoint
 from evaluation.judged import Judged
 from evaluation.tables import Tables
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.analysis import OperatingPoint, Threshold
+from evaluation.analysis_records import OperatingPoint, Threshold
 from evaluation.judged import Judged
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.analysis import Reliability, ReliabilityBin
+from evaluation.analysis_records import Reliability, ReliabilityBin
 from evaluation.judged import Judged
 
 # Below the first of them lie most of a detector's boxes, nearly all on background: they would make the error their own.

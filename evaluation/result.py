@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from evaluation.coco import CocoScore
 
 _parsing = threading.Lock()
-_DRAWING = ("foreground_chart.py", "pictures.py")
+_DRAWING = (
+    "charts.py", "comparison_page.py", "contact_sheet.py", "error_pictures.py", "foreground_chart.py", "plots.py",
+    "report_page.py", "report_sections.py",
+)  # fmt: skip
 _Count = Annotated[int, Field(ge=0)]
 _Key = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 

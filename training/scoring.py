@@ -15,8 +15,9 @@ from data.loader import DetectionDataset
 from data.tiled_pictures import TiledPictures
 from data.tiling import TileGrid
 from evaluation.coco import CocoScore, score
+from evaluation.contact_sheet import predictions_page
 from evaluation.detector import Detected, detect
-from evaluation.pictures import pr_plot, predictions_page, training_curves
+from evaluation.plots import pr_plot, training_curves
 from evaluation.result import ScoreOptions, ScoreResult, coco_result
 from evaluation.tiles import merge_tiles
 from models.interface import Detector, PostprocessConfig

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from plain_analysis import PlainAnalysis
 from pydantic import TypeAdapter
 
-from evaluation.analysis import (
+from evaluation.analysis import analyse
+from evaluation.analysis_records import (
     SIZES_PX,
     Analysis,
     IgnoredHits,
@@ -23,7 +24,6 @@ from evaluation.analysis import (
     InspectionPoint,
     OperatingPoint,
     Threshold,
-    analyse,
 )
 from evaluation.tables import tabulate
 

@@ -9,7 +9,7 @@ from crowded_scenes import Scene, random_scene, scenes
 from hypothesis import given, settings
 from plain_analysis import PlainAnalysis
 
-from evaluation.analysis import ErrorTypes
+from evaluation.analysis_records import ErrorTypes
 from evaluation.coco import score, scored_rows
 from evaluation.error_types import TYPES, _classified, _mended_ap50, error_types
 from evaluation.judged import Judged, judge

@@ -1,4 +1,4 @@
-"""Pictures of a run: training curves, precision-recall curves, and a contact sheet of predictions.
+"""A contact sheet of predictions: ground truth beside detections, from the best image to the worst.
 
 matplotlib is imported inside the functions, and only its `Figure`: no backend is chosen, no global state touched.
 """
@@ -14,16 +14,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.colours import PALETTE, class_colour
+from data.colours import class_colour
+from data.decode import read_bgr
 from evaluation.ignore import IgnoreRule
 from evaluation.matching import ImageMatches, match
-from evaluation.outcomes import RECALL_POINTS
+from evaluation.plots import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LINE_STYLES = ("-", "--", "-.", ":")
 _MAX_NAMED_CLASSES = 28
 
 _DPI = 100
@@ -34,76 +34,6 @@ _HEADER_PX = 84
 _LEGEND_ENTRY_PX = (190, 34)
 _MIN_WHOLE_ZOOM, _MAX_ZOOM = 2.0, 3.0
 _LEGIBLE_PX = 32
-
-
-def pr_plot(precision_at_50: Mapping[str, NDArray[np.float64]], path: Path) -> None:
-    """Write precision over recall at IoU .50 as PNG: a line per class, best first, and their mean in black.
-
-    `precision_at_50` is that of `evaluation.coco.CocoScore`: by class name, float64 (101,).
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 5.2), dpi=140, layout="constrained")
-    axes: Axes = figure.add_subplot()
-    order = list(precision_at_50)
-    by_ap = sorted(order, key=lambda name: -float(precision_at_50[name].mean()))
-    for rank, name in enumerate(by_ap):
-        index = order.index(name)
-        axes.plot(
-            RECALL_POINTS, precision_at_50[name], color=class_colour(index), linewidth=1.6,
-            linestyle=_LINE_STYLES[index // len(PALETTE) % len(_LINE_STYLES)],
-            label=f"{precision_at_50[name].mean():.3f}  {_plain(name)}" if rank < _MAX_NAMED_CLASSES else None,
-        )  # fmt: skip
-    if by_ap:
-        mean = np.mean([precision_at_50[name] for name in by_ap], axis=0)
-        axes.plot(RECALL_POINTS, mean, color="black", linewidth=2.6, label=f"{mean.mean():.3f}  mean of classes")
-        more = len(by_ap) - _MAX_NAMED_CLASSES
-        title = "AP50" + (f" ({more} more classes not named)" if more > 0 else "")
-        axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8,
-                    alignment="left")  # fmt: skip
-    else:
-        axes.text(0.5, 0.5, "no ground truth", ha="center", va="center", color="0.4")
-    axes.set(xlabel="recall", ylabel="precision", title="Precision and recall at IoU .50", xlim=(0, 1), ylim=(0, 1.02))
-    _calm(axes)
-    figure.savefig(path)
-
-
-def training_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write loss terms and validation AP by epoch as PNG, one above the other.
-
-    `rows`: one mapping per reported epoch with `epoch`, `train/loss`, `train/loss_<term>` and, where that epoch was
-    validated, `val/coco/AP...`.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8.5, 6.5), dpi=140, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    names = sorted({name for row in rows for name in row})
-    terms = [name for name in names if name.startswith("train/loss_")]
-    scores = [name for name in ("val/coco/AP", "val/coco/AP50", "val/coco/AP75", "val/coco/AP_small") if name in names]
-    for axes, total, others in ((above, "train/loss", terms), (below, "val/coco/AP", scores)):
-        for index, name in enumerate([total, *(name for name in others if name != total)]):
-            points = [(row["epoch"], row[name]) for row in rows if name in row]
-            if points:
-                epochs, values = zip(*points, strict=True)
-                label = name.removeprefix("train/loss_").removeprefix("train/").removeprefix("val/")
-                axes.plot(epochs, values, marker="o", markersize=3, label=f"{label}  {values[-1]:.3f}",
-                          color="black" if name == total else PALETTE[(index - 1) % len(PALETTE)],
-                          linewidth=2.2 if name == total else 1.4)  # fmt: skip
-        if axes.lines:
-            axes.legend(title="last value", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8,
-                        alignment="left")  # fmt: skip
-        _calm(axes)
-    best = max((row for row in rows if "val/coco/AP" in row), key=lambda row: row["val/coco/AP"], default=None)
-    if best is not None:
-        below.axvline(best["epoch"], color="0.6", linewidth=1, linestyle=":")
-        below.set_title(f"validation: best AP {best['val/coco/AP']:.3f} at epoch {best['epoch']:.0f}", fontsize=10)
-    above.set_title("training loss: total and weighted terms, mean of each epoch", fontsize=10)
-    above.set_ylim(bottom=0)
-    below.set(xlabel="epoch", ylim=(0, None))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path)
 
 
 def predictions_page(
@@ -122,7 +52,8 @@ def predictions_page(
     legible; of an image too large for that, the window with the most outcomes, errors counting double, is shown.
 
     Raises:
-        FileNotFoundError: an image is missing or cannot be decoded.
+        FileNotFoundError: an image is missing.
+        UndecodableImage: it is damaged.
     """
     from matplotlib.figure import Figure
 
@@ -141,15 +72,13 @@ def predictions_page(
     _header(figure, [category["name"] for category in named], num_legend_columns, score_threshold)
     for place, found in enumerate(chosen):
         image = images[found.image_id]
-        pixels = cv2.imread(str(images_folder / image["file_name"]))
-        if pixels is None:
-            raise FileNotFoundError(f"{images_folder / image['file_name']} is missing or is not an image")
+        pixels = read_bgr(images_folder / image["file_name"])
         marks = _marks(found, ground_truth["annotations"], detections, class_index)
         view = _view(pixels.shape[1], pixels.shape[0], marks.truth + marks.predicted)
         left_px = _GAP_PX + place % num_columns * (2 * _PANEL_PX + 3 * _GAP_PX)
         top_px = header_px + place // num_columns * row_px
         outcome = f"{len(found.hits)} found, {len(found.misses)} missed, {len(found.false_positives)} false"
-        caption = f"{_plain(image['file_name'])}    F1 {found.f1 or 0.0:.2f}    {outcome}    {view.text}"
+        caption = f"{plain(image['file_name'])}    F1 {found.f1 or 0.0:.2f}    {outcome}    {view.text}"
         figure.text(left_px / width_px, 1 - (top_px + 0.6 * _CAPTION_PX) / height_px, caption, fontsize=12, va="center")
         for side, boxes in enumerate((marks.truth, marks.predicted)):
             x_px, y_px = left_px + side * (_PANEL_PX + _GAP_PX), top_px + _CAPTION_PX
@@ -293,20 +222,9 @@ def _header(figure: Figure, class_names: Sequence[str], num_columns: int, score_
         Line2D([], [], **{**error, "color": "0.75"}, label="not scored"),
         Patch(facecolor="0.7", edgecolor="white", hatch="//", label="ignore region"),
     ]
-    classes = [Patch(color=class_colour(index), label=_plain(name)) for index, name in enumerate(class_names)]
+    classes = [Patch(color=class_colour(index), label=plain(name)) for index, name in enumerate(class_names)]
     for handles, top_px in ((outcomes, 38), (classes, 38 + _LEGEND_ENTRY_PX[1])):
         figure.legend(
             handles=handles, loc="upper left", bbox_to_anchor=(0, 1 - top_px / height_px), ncols=num_columns,
             frameon=False, fontsize=13, handlelength=2.6, columnspacing=1.6, borderaxespad=0.4,
         )  # fmt: skip
-
-
-def _plain(text: str) -> str:
-    # matplotlib would set what stands between two dollar signs as a formula.
-    return text.replace("$", r"\$")
-
-
-def _calm(axes: Any) -> None:
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

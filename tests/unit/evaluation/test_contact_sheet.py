@@ -8,14 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
+from pixels import pixels_of
 
-from evaluation.pictures import PALETTE, class_colour, pr_plot, predictions_page, training_curves
-
-
-def pixels_of(path: Path, colour: str, tolerance: int = 24) -> int:
-    """Number of pixels of about this `#rrggbb` colour."""
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (5, 3, 1)])
-    return int((np.abs(cv2.imread(str(path)).astype(int) - wanted).max(axis=2) <= tolerance).sum())
+from data.colours import PALETTE, class_colour
+from data.decode import UndecodableImage
+from evaluation.contact_sheet import predictions_page
 
 
 @pytest.fixture
@@ -122,23 +120,18 @@ def test_a_missing_image_is_named(images: Path) -> None:
         draw(images, truth((9, 1, [0, 0, 5, 5]), image_ids=(9,)), [])
 
 
-def test_pr_plot_has_a_line_per_class(tmp_path: Path) -> None:
-    curves = {"car": np.linspace(1, 0, 101), "$no{formula$": np.where(np.linspace(0, 1, 101) < 0.5, 0.8, 0.0)}
-    pr_plot(curves, tmp_path / "two.png")
-    pr_plot({"car": curves["car"]}, tmp_path / "one.png")
-    pr_plot({}, tmp_path / "none.png")
-    assert pixels_of(tmp_path / "two.png", class_colour(0)) > 500
-    assert pixels_of(tmp_path / "two.png", class_colour(1)) > 500
-    assert pixels_of(tmp_path / "one.png", class_colour(1)) == 0
-    assert pixels_of(tmp_path / "none.png", class_colour(0)) == 0
+def test_a_damaged_image_is_named(images: Path) -> None:
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:60])
+    with pytest.raises(UndecodableImage, match=r"1\.png"):
+        draw(images, truth((1, 1, [0, 0, 5, 5])), [])
 
 
-def test_training_curves_of_a_run_that_validates_every_other_epoch(tmp_path: Path) -> None:
-    rows = [{"epoch": e, "train/loss": 3 / e, "train/loss_box": 2 / e, "train/loss_class": 1 / e} for e in range(1, 7)]
-    training_curves(rows, tmp_path / "losses.png")
-    training_curves([{**r, "val/coco/AP": 0.1 * r["epoch"], "val/coco/AP50": 0.15 * r["epoch"]} if r["epoch"] % 2 else r
-                     for r in rows], tmp_path / "both.png")  # fmt: skip
-    training_curves([], tmp_path / "nothing.png")
-    assert pixels_of(tmp_path / "losses.png", PALETTE[1]) > 300
-    assert pixels_of(tmp_path / "both.png", PALETTE[0]) > pixels_of(tmp_path / "losses.png", PALETTE[0]) + 300
-    assert pixels_of(tmp_path / "nothing.png", PALETTE[0]) == 0
+def test_boxes_are_drawn_on_the_pixels_as_stored(images: Path) -> None:
+    """A viewer would turn this picture; the boxes are in the frame of its file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pages = []
+    for options in ({}, {"exif": exif}):
+        Image.new("RGB", (160, 100), "gray").save(images / "1.png", **options)
+        pages.append(draw(images, truth((1, 1, [100, 20, 30, 30])), []).read_bytes())
+    assert pages[0] == pages[1]
