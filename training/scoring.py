@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -34,6 +35,9 @@ Split = Literal["train", "val", "test"]
 SHOWN_SCORE = 0.3
 # Images of a forward pass. Fixed: another batch size may round otherwise, in bf16 above all.
 SCORING_BATCH = 8
+# Of a scoring job: what its folder holds, and what starts a worker's word of how many inputs it has done.
+ORDER, DETECTED = "order.json", "detected.json"
+SHARE_MARK = "done by worker"
 
 
 class MiscountedImages(RuntimeError):
@@ -47,6 +51,21 @@ class Scored(NamedTuple):
     curves: CocoScore
     ground_truth: dict[str, Any]
     detections: list[dict[str, Any]]
+
+
+class ScoringOrder(BaseModel):
+    """What the workers of a scoring job are asked to do. `data_source`: where nodes fetch the dataset version from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: RunSpec
+    split: Split
+    data_source: str
+
+
+def read_order(folder: Path) -> ScoringOrder:
+    """The order in a scoring job's folder."""
+    return ScoringOrder.model_validate_json((folder / ORDER).read_bytes())
 
 
 def score_split(
@@ -138,7 +157,7 @@ def _followed(loader: Iterable[Batch], seen: list[int], progress: Callable[[int]
 
 
 def require_each_once(what: str, expected: Iterable[int], seen: Iterable[int]) -> None:
-    """Raise MiscountedImages unless `seen` holds every id of `expected` once; `what`: they are of an image or a tile."""
+    """Raise MiscountedImages unless `seen` holds every id of `expected` once; `what`: of images or of tiles."""
     times = Counter(seen)
     faults = {
         "not at all": [number for number in expected if number not in times],
