@@ -173,6 +173,7 @@ def _detect_together(
             # So that nobody takes the folder for forgotten.
             os.utime(folder)
 
+    pace.say(f"starting a Ray job of {num_workers} workers")
     try:
         shutil.copyfile(weights, folder / "weights.safetensors")
         write_json(folder / ORDER, order.model_dump(mode="json"))
@@ -190,6 +191,7 @@ def _detect_together(
                 with suppress(OSError, RuntimeError):
                     jobs.stop(submission_id)
                 raise
+            pace.tell(pace.total)
         return Detected(**json.loads((folder / DETECTED).read_bytes()))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -203,8 +205,10 @@ class _Pace:
         self.started = self.told = time.monotonic()
 
     def tell(self, num_done: int) -> None:
-        """Say so, unless it was said a moment ago; the end always."""
+        """Say so, unless it was said a moment ago; the end always. As long as nothing is done the clock stands."""
         now = time.monotonic()
+        if num_done == 0:
+            self.started = self.told = now
         if num_done == 0 or (now - self.told < NEWS_EVERY_S and num_done < self.total):
             return
         self.told = now

@@ -52,14 +52,15 @@ def score_worker(config: dict[str, Any]) -> None:
         max_bytes=default_max_bytes(),
     )
     model = load_model(spec, folder / "weights.safetensors").to(workers.device)
-    told = time.monotonic()
+    told = -NEWS_EVERY_S
 
     def tell(num_done: int) -> None:
         nonlocal told
-        if time.monotonic() - told > NEWS_EVERY_S:
+        if time.monotonic() - told >= NEWS_EVERY_S:
             told = time.monotonic()
             print(f"{PROGRESS_MARK} {SHARE_MARK} {workers.rank} {num_done}", flush=True)
 
+    tell(0)
     detected = detect_split(spec, model, split_inputs(spec, dataset_folder, order.split), workers, tell)
     if detected is not None:
         write_whole(folder / DETECTED, json.dumps(detected._asdict(), allow_nan=False))
