@@ -33,7 +33,9 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=1, help="More than one: a Ray job; the score is the same.")] = 1,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the model as well.")] = True,
     architecture: Annotated[str | None, typer.Option(help="Of a weights file without its spec.json.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for detections.json (COCO results) and score.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for detections.json (COCO results) and score.json.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model again: a finished run's, a registered one's or a weights file, on any split of its classes."""

@@ -100,7 +100,7 @@ def _registered(uri: str, settings: Settings, folder: Path) -> Path:
     for version in versions:
         if asked["alias"] in version.aliases or str(version.version) == asked["version"]:
             return download_verified(client, asked["name"], version.version, folder)
-    known = ", ".join("/".join([str(version.version), *version.aliases]) for version in versions)
+    known = ", ".join(str(version.version) + "".join(f" @{alias}" for alias in version.aliases) for version in versions)
     raise UnknownModel(
         f"{uri!r} is not registered. "
         + (

@@ -188,7 +188,8 @@ class Jobs:
             if there is not None and wanted > there:
                 raise CellFailed(
                     f"compute asks for {wanted:g} {kind} over {spec.compute.workers} workers, this machine has "
-                    f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower"
+                    f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower, and of "
+                    "`speck evaluate` --workers"
                 )
         environment = (
             self._address

@@ -28,8 +28,8 @@ NEWS_EVERY_S = 2.0
 
 def main(folder: Path) -> None:
     """Start the workers and wait for them."""
-    compute = read_order(folder).spec.compute
     with causes_told():
+        compute = read_order(folder).spec.compute
         ray.init(log_to_driver=True, configure_logging=False)
         on_workers(score_worker, {"folder": str(folder)}, compute, folder).fit()
 

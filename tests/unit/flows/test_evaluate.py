@@ -203,8 +203,8 @@ def test_a_registered_version_is_a_verified_copy(
         assert not model.weights.exists()
     assert fetched == [(NAME, 12), (NAME, 2)]
     for uri, message in {
-        f"models:/{NAME}/1": "is not registered. Versions of tiny-squares: 12/champion, 2/previous",
-        f"models:/{NAME}@best": "is not registered. Versions of tiny-squares: 12/champion, 2/previous",
+        f"models:/{NAME}/1": "is not registered. Versions of tiny-squares: 12 @champion, 2 @previous",
+        f"models:/{NAME}@best": "is not registered. Versions of tiny-squares: 12 @champion, 2 @previous",
         "models:/other@champion": "'other' has no version; run `speck train-all`",
         f"models:/{NAME}": "must be models:/NAME@alias or models:/NAME/VERSION",
     }.items():
