@@ -101,11 +101,13 @@ def with_rules(
     card = spec.dataset.card
     if tiled or described or (tiled is None and usual_tiling is not None):
         grid = usual_tiling or card.tiling
-        size_px = tile_size_px or (grid.size_px if grid else input_size_px or score_options(spec).input_size_px)
-        overlap_px = grid.overlap_px if grid and tile_size_px is None else size_px // 5
-        changes["tiling"] = {
-            "size_px": size_px, "overlap_px": overlap_px if tile_overlap_px is None else tile_overlap_px,
-        }  # fmt: skip
+        if grid is None or tile_size_px is not None:
+            side_px = tile_size_px if tile_size_px is not None else input_size_px or score_options(spec).input_size_px
+            changes["tiling"] = {"size_px": side_px, "overlap_px": side_px // 5}
+        else:
+            changes["tiling"] = {"size_px": grid.size_px, "overlap_px": grid.overlap_px}
+        if tile_overlap_px is not None:
+            changes["tiling"]["overlap_px"] = tile_overlap_px
     else:
         card = card.model_copy(update={"tiling": None})
     try:

@@ -242,6 +242,7 @@ def test_tiles_are_the_usual_ones_unless_told_otherwise(tiny_spec: MakeSpec) -> 
     [
         ({"input_size_px": 100}, "input_size_px: Input should be a multiple of 32, got 100"),
         ({"max_dets": 0}, "max_dets: Input should be greater than or equal to 1, got 0"),
+        ({"tile_size_px": 0}, "tiling.size_px: Input should be greater than or equal to 32, got 0"),
         ({"tile_size_px": 8}, "tiling.size_px: Input should be greater than or equal to 32, got 8"),
         ({"tile_size_px": 64, "tile_overlap_px": 33}, "overlap_px must be at most half of size_px (64), got 33"),
         ({"tiled": False, "tile_size_px": 64}, "leave out --tile-size and --tile-overlap, or use --tiled"),
