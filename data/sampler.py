@@ -1,4 +1,4 @@
-"""`GlobalBatchSampler`: which images form step k, whatever the number of workers."""
+"""Which images form batch k, whatever the number of workers: when training, and when scoring."""
 
 from __future__ import annotations
 
@@ -76,6 +76,20 @@ class GlobalBatchSampler(Sampler[list[int]]):
         rng.shuffle(repeated)
         drawn: npt.NDArray[np.int64] = repeated[: self.num_drawn]
         return drawn
+
+
+def scoring_batches(num_images: int, *, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Return this rank's batches of image indices, as a `batch_sampler` for a DataLoader.
+
+    The split is cut, in its own order, into batches of `batch_size`, the last of which may be smaller, and rank r of W
+    takes a contiguous run of whole batches. So every batch has the same members for any W, and what a network makes of
+    it is the same to the last bit. Shares differ by at most one batch; ranks beyond the number of batches get none.
+    """
+    num_batches = -(-num_images // batch_size)
+    first, end = (num_batches * part // world_size for part in (rank, rank + 1))
+    return [
+        list(range(number * batch_size, min((number + 1) * batch_size, num_images))) for number in range(first, end)
+    ]
 
 
 def repeat_factors(labels: Sequence[Iterable[int]], num_classes: int, threshold: float) -> npt.NDArray[np.float64]:

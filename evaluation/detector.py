@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from data.augment import fit_hw
 from data.loader import Batch
 from evaluation.checks import CocoDetection
 from models.interface import Detections, Detector, PostprocessConfig
+from models.postprocess import suppress_non_maxima
 
 
 class Detected(NamedTuple):
@@ -34,26 +36,22 @@ def detect(
     *,
     device: torch.device,
     bf16: bool,
+    flip: bool = False,
     observe: Callable[[Any, Batch], None] | None = None,
 ) -> Detected:
     """Detections of every image of `loader`; the detector's training and evaluation modes are restored afterwards.
 
-    `bf16` runs the forward pass under autocast. Boxes are divided by the letterbox scale and clipped to the image;
-    `category_id` is label + 1. `observe` is shown the raw predictions of every batch, such as a `ForegroundObserver`.
+    See `detect_batch` for `bf16`, `flip` and `observe`. Boxes are divided by the letterbox scale and clipped to the
+    image; `category_id` is label + 1.
     """
     found: list[CocoDetection] = []
     counts = dict.fromkeys(
         ("num_detected_images", "num_dropped_candidates", "num_degenerate_boxes", "num_non_finite_boxes"), 0
     )
-    with _evaluating(cast(nn.Module, detector)), torch.inference_mode():
+    with evaluating(detector):
         for batch in loader:
-            images = batch.images.to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                predictions = detector(images)
-            if observe is not None:
-                observe(predictions, batch)
             for detections, image_id, scale, (height_px, width_px) in zip(
-                detector.postprocess(predictions, config),
+                detect_batch(detector, batch, config, device=device, bf16=bf16, flip=flip, observe=observe),
                 batch.image_ids,
                 batch.scales.tolist(),
                 batch.original_hw,
@@ -66,6 +64,57 @@ def detect(
                 counts["num_degenerate_boxes"] += num_degenerate
                 counts["num_non_finite_boxes"] += num_non_finite
     return Detected(found, counts)
+
+
+def detect_batch(
+    detector: Detector,
+    batch: Batch,
+    config: PostprocessConfig,
+    *,
+    device: torch.device,
+    bf16: bool,
+    flip: bool = False,
+    observe: Callable[[Any, Batch], None] | None = None,
+) -> list[Detections]:
+    """Detections of each image of a batch, in the network's frame. To be called inside `evaluating`.
+
+    `bf16` runs the forward pass under autocast. `flip` looks at each picture's mirror image as well: what is found
+    there is mirrored back, and of both together class-wise suppression keeps at most `max_detections`. `observe` is
+    shown the raw predictions for the batch as it is, such as a `ForegroundObserver`.
+    """
+    images = batch.images.to(device, non_blocking=True)
+
+    def look(images: Tensor) -> Any:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            return detector(images)
+
+    predictions = look(images)
+    if observe is not None:
+        observe(predictions, batch)
+    found = detector.postprocess(predictions, config)
+    if not flip:
+        return found
+    # The picture alone is mirrored, not the padding: it has to lie at the top left, as in training.
+    widths_px = [fit_hw(height, width, images.shape[-1])[1] for height, width in batch.original_hw]
+    mirrored = images.clone()
+    for image, width_px in zip(mirrored, widths_px, strict=True):
+        image[..., :width_px] = image[..., :width_px].flip(-1)
+    return [
+        _joined(*pair, config)
+        for pair in zip(found, detector.postprocess(look(mirrored), config), widths_px, strict=True)
+    ]
+
+
+def _joined(own: Detections, mirrored: Detections, width_px: int, config: PostprocessConfig) -> Detections:
+    """What was found on a picture and on its mirror image, together. The picture is `width_px` wide in the input."""
+    x1, y1, x2, y2 = mirrored.boxes_xyxy_px.unbind(1)
+    boxes_xyxy_px = torch.cat([own.boxes_xyxy_px, torch.stack([width_px - x2, y1, width_px - x1, y2], dim=1)])
+    scores, labels = torch.cat([own.scores, mirrored.scores]), torch.cat([own.labels, mirrored.labels])
+    order = scores.argsort(descending=True, stable=True)
+    boxes_xyxy_px, scores, labels = boxes_xyxy_px[order], scores[order], labels[order]
+    kept = suppress_non_maxima(boxes_xyxy_px, labels, config.nms_iou, config.max_detections)
+    num_dropped = own.num_dropped_candidates + mirrored.num_dropped_candidates
+    return Detections(boxes_xyxy_px[kept], scores[kept], labels[kept], num_dropped)
 
 
 def _entries(
@@ -91,12 +140,14 @@ def _entries(
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each submodule's own mode again (parts may be frozen in evaluation mode)."""
+def evaluating(detector: Detector) -> Iterator[None]:
+    """Evaluation and inference mode inside; afterwards each submodule's own mode again (parts may be frozen)."""
+    module = cast(nn.Module, detector)
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        yield
+        with torch.inference_mode():
+            yield
     finally:
         for part, training in modes:
             part.training = training

@@ -34,7 +34,8 @@ class ScoreOptions(_Record):
     """How the detections were made and counted; two numbers under different options do not compare.
 
     `max_detections` caps an image's detections over all classes when they are made; `max_dets` is the protocol's cap
-    when they are scored (COCO: per image and class). `tiling`: the tiles that the pictures were looked at by, if any.
+    when they are scored (COCO: per image and class). `tiling`: the tiles that the pictures were looked at by, if any;
+    `flip`: whether their mirror images were looked at as well.
     """
 
     score_threshold: float = Field(ge=0, le=1)
@@ -46,6 +47,7 @@ class ScoreOptions(_Record):
     max_dets: int = Field(ge=1)
     ignore_rule: Literal["none", "covered-half"]
     tiling: TileGrid | None = Field(None, exclude_if=lambda tiling: tiling is None)
+    flip: bool = Field(False, exclude_if=lambda flip: not flip)
 
 
 class ScoreResult(_Record):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from flows.data_commands import data_app
+from flows.evaluate_command import evaluate
 from flows.output import JsonOption, print_json
 
 if TYPE_CHECKING:
@@ -120,29 +121,7 @@ def plan(
     typer.echo(total(planned) + waiting)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[str, typer.Argument(help="Run key of a finished run, or its beginning.")],
-    split: Annotated[str, typer.Option(help="val or test.")] = "test",
-    as_json: JsonOption = False,
-) -> None:
-    """Score a finished run's weights again on one split."""
-    from flows.evaluate import find_result, score_run
-    from flows.settings import Settings
-
-    if split not in {"val", "test"}:
-        raise typer.BadParameter(f"{split!r} is no split to score on; use val or test", param_hint="--split")
-    settings = Settings()
-    result = find_result(run, settings)
-    weights = settings.storage / result.run_key / "artifacts" / "weights.safetensors"
-    _, scored = score_run(result.spec, weights, settings, [split])  # type: ignore[list-item]
-    (score,) = (found.result for found in scored.values())
-    if as_json:
-        print_json(score.model_dump(mode="json"))
-        return
-    typer.echo(f"{score.run_key} on {score.dataset_name} {score.dataset_version[:12]} {split}, {score.counts}")
-    for name, value in score.metrics.items():
-        typer.echo(f"  {name:20} {'no ground truth' if value is None else f'{value:.4f}'}")
+app.command()(evaluate)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from data.store_room import remove as remove_version
 from data.store_room import stored_versions
 from data.unneeded import current_versions, killed_imports, remove_leftover, unneeded_versions
 from data.versioning import one_writer
+from flows.evaluate import SCRATCH
 from flows.lease import EXPIRES_AFTER_S
 from flows.settings import Settings
 from tracking.client import connect, database
@@ -182,7 +183,7 @@ def _runs(settings: Settings, needs: _Needs) -> Iterator[Garbage]:
         rest = [path for path in sorted(folder.iterdir()) if path.name != "attempts"]
         if rest and folder.name not in needs.trainings:
             yield _together("superseded run", folder.name, rest)
-    for path in sorted(settings.storage.glob("*/artifacts.partial")):
+    for path in sorted([*settings.storage.glob("*/artifacts.partial"), *settings.storage.glob(f"{SCRATCH}*")]):
         yield _tree("leftover of a killed run", path)
 
 

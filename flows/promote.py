@@ -19,6 +19,7 @@ from tracking.registry import CHAMPION, Version, download, history, promote, rec
 from tracking.runs import TRAINING
 from training.checkpoint import file_sha256
 from training.records import CorruptResult, RunResult, read_result, training_id
+from training.scoring import score_options
 from training.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _register(client: MlflowClient, result: RunResult, run_id: str, training: st
             architecture=spec.architecture.name,
             settings=spec.architecture.settings,
             class_names=spec.dataset.card.classes,
-            input_size_px=spec.training.input_size_px,
+            input_size_px=score_options(spec).input_size_px,
             postprocess={
                 name: getattr(spec.scoring, name)
                 for name in ("score_threshold", "nms_iou", "max_detections", "max_candidates")

@@ -100,20 +100,38 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-@speaks_to_store
 def load_verified(client: MlflowClient, model_name: str, version: int) -> PyFuncModel:
     """The model of a registered version, loaded from a private copy whose digest was checked first.
 
     Raises DigestMismatch, before any of its code runs, when the files differ from the registered digest.
     """
-    import mlflow.artifacts
     import mlflow.pyfunc
 
-    registered = client.get_model_version(model_name, str(version))
     temporary = tempfile.TemporaryDirectory(prefix="speck-model-")
+    try:
+        folder = download_verified(client, model_name, version, Path(temporary.name))
+    except DigestMismatch:
+        temporary.cleanup()
+        raise
+    model = mlflow.pyfunc.load_model(str(folder))
+    weakref.finalize(model, temporary.cleanup)
+    return model
+
+
+@speaks_to_store
+def download_verified(client: MlflowClient, model_name: str, version: int, into: Path) -> Path:
+    """Fetch the packaged folder of a registered version into the folder `into`, and return where it lies there.
+
+    `artifacts/weights.safetensors` and `artifacts/spec.json` are the weights and the spec of the run.
+
+    Raises DigestMismatch when the files differ from the registered digest.
+    """
+    import mlflow.artifacts
+
+    registered = client.get_model_version(model_name, str(version))
     folder = Path(
         mlflow.artifacts.download_artifacts(
-            artifact_uri=registered.source, dst_path=temporary.name, tracking_uri=client.tracking_uri
+            artifact_uri=registered.source, dst_path=str(into), tracking_uri=client.tracking_uri
         )
     )
     # Left behind where somebody loaded the model in place; Python would run it instead of the source.
@@ -121,14 +139,11 @@ def load_verified(client: MlflowClient, model_name: str, version: int) -> PyFunc
         shutil.rmtree(cache)
     found, expected = digest(folder), registered.tags.get(DIGEST, "")
     if found != expected:
-        temporary.cleanup()
         raise DigestMismatch(
             f"{model_name} version {version}: its files have digest {found[:12]}..., registered was "
             f"{expected[:12] or 'none'}...: they were changed after registration. Do not load them: roll back"
         )
-    model = mlflow.pyfunc.load_model(str(folder))
-    weakref.finalize(model, temporary.cleanup)
-    return model
+    return folder
 
 
 def _signature() -> Any:

@@ -12,12 +12,10 @@ import time
 from pathlib import Path
 
 import ray
-from ray.train import WorkerGroupError
 
 from evaluation.result import ScoreResult
 from training.checkpoint import NUM_CHECKPOINTS_KEPT, newest_first
-from training.launch import build_trainer
-from training.meter import ERROR_MARK, PROGRESS_MARK
+from training.launch import build_trainer, causes_told
 from training.records import RunResult, hash_files, read_attempt, write_result
 
 
@@ -28,18 +26,9 @@ def main(run_folder: Path, number: int) -> None:
     # Ray writes its list of checkpoints in place, and refuses to start from one that a kill cut short.
     # Nothing is lost: the workers find checkpoints by their manifests.
     (run_folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    try:
+    with causes_told():
         ray.init(log_to_driver=True, configure_logging=False)
         build_trainer(attempt, run_folder).fit()
-    except WorkerGroupError as error:
-        for rank, cause in sorted(error.worker_failures.items()):
-            lines = str(cause).strip().splitlines() or [repr(cause)]
-            print(f"{PROGRESS_MARK} {ERROR_MARK} worker {rank}: {lines[-1]}", flush=True)
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        print(f"{PROGRESS_MARK} {ERROR_MARK} {type(error).__name__}: {lines[-1]}", flush=True)
-        raise
     for folder in list(newest_first(run_folder))[NUM_CHECKPOINTS_KEPT:]:
         shutil.rmtree(folder, ignore_errors=True)
     artifacts = run_folder / "artifacts"

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -171,17 +171,25 @@ class Jobs:
         return None
 
     def submit(self, attempt: Attempt, run_folder: Path, code_folder: Path) -> str:
-        """Submit an attempt; the workers get their own copy of the code.
+        """Submit an attempt to train; see `start`."""
+        arguments = ("training.job", str(run_folder), str(attempt.number))
+        return self.start(attempt.submission_id, arguments, attempt.spec, code_folder)
+
+    def start(self, submission_id: str, module: Sequence[str], spec: RunSpec, code_folder: Path) -> str:
+        """Submit `python -m <module and its arguments>`, whose workers are those of `spec`, with a copy of the code.
+
+        `submission_id` is `<run key>-<number>`; what comes before the number says whose job it is.
 
         Raises:
             CellFailed: the cluster is too small for the job, or did not accept it.
         """
-        for kind, wanted in demand(attempt.spec).items():
+        for kind, wanted in demand(spec).items():
             there = self._resources.get(kind)
             if there is not None and wanted > there:
                 raise CellFailed(
-                    f"compute asks for {wanted:g} {kind} over {attempt.spec.compute.workers} workers, this machine has "
-                    f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower"
+                    f"compute asks for {wanted:g} {kind} over {spec.compute.workers} workers, this machine has "
+                    f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower, and of "
+                    "`speck evaluate` --workers"
                 )
         environment = (
             self._address
@@ -197,23 +205,24 @@ class Jobs:
             | {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
         )
         command = ["env", *(f"{name}={value}" for name, value in self._address.items())]
-        command += [sys.executable, "-m", "training.job", str(run_folder), str(attempt.number)]
+        command += [sys.executable, "-m", *module]
+        told = {"run_key": submission_id.rpartition("-")[0]}
         deadline = time.monotonic() + AGENT_PATIENCE_S
         while True:
             try:
                 self._client.submit_job(
                     entrypoint=shlex.join(command),
-                    submission_id=attempt.submission_id,
+                    submission_id=submission_id,
                     runtime_env={"working_dir": str(code_folder), "env_vars": environment},
-                    metadata={"run_key": attempt.run_key} | {k: str(v) for k, v in demand(attempt.spec).items()},
+                    metadata=told | {kind: str(wanted) for kind, wanted in demand(spec).items()},
                 )
             except RuntimeError as error:
                 # A node's job agent comes up seconds after the cluster answers.
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise CellFailed(f"Ray refused job {attempt.submission_id}: {error}") from error
+                    raise CellFailed(f"Ray refused job {submission_id}: {error}") from error
                 time.sleep(0.5)
             else:
-                return attempt.submission_id
+                return submission_id
 
     def stop(self, submission_id: str) -> None:
         """Stop a job and wait until it has ended; one that ended already is left alone.

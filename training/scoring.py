@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from pydantic import BaseModel, ConfigDict
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from data.batch import collate
+from data.batch import Batch, collate
 from data.loader import DetectionDataset
+from data.sampler import scoring_batches
 from data.tiled_pictures import TiledPictures
 from data.tiling import TileGrid
 from evaluation.coco import CocoScore, score
@@ -24,13 +28,21 @@ from models.interface import Detector, PostprocessConfig
 from training.checkpoint import save_tensors, write_json
 from training.records import read_journal
 from training.spec import RunSpec
+from training.state import UnfitWeights, build_model
 from training.workers import Workers
 
-Split = Literal["val", "test"]
+Split = Literal["train", "val", "test"]
 # Pictures show what a user would act on; scores count everything above ScoringSpec.score_threshold.
 SHOWN_SCORE = 0.3
-# Images per worker and forward pass. Fixed: in bf16 another batch size rounds otherwise.
+# Images of a forward pass. Fixed: another batch size may round otherwise, in bf16 above all.
 SCORING_BATCH = 8
+# Of a scoring job: what its folder holds, and what starts a worker's word of how many inputs it has done.
+ORDER, DETECTED = "order.json", "detected.json"
+SHARE_MARK = "done by worker"
+
+
+class MiscountedImages(RuntimeError):
+    """Of a split, images or tiles were detected on twice or not at all."""
 
 
 class Scored(NamedTuple):
@@ -40,6 +52,21 @@ class Scored(NamedTuple):
     curves: CocoScore
     ground_truth: dict[str, Any]
     detections: list[dict[str, Any]]
+
+
+class ScoringOrder(BaseModel):
+    """What the workers of a scoring job are asked to do. `data_source`: where nodes fetch the dataset version from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: RunSpec
+    split: Split
+    data_source: str
+
+
+def read_order(folder: Path) -> ScoringOrder:
+    """The order in a scoring job's folder."""
+    return ScoringOrder.model_validate_json((folder / ORDER).read_bytes())
 
 
 def score_split(
@@ -54,55 +81,108 @@ def score_split(
 
     Decoded pictures are kept in `cache_folder`, when given, for the next time.
 
+    Raises: see `detect_split`.
+    """
+    detected = detect_split(spec, model, split_inputs(spec, dataset_folder, split, cache_folder), workers)
+    return None if detected is None else score_detections(spec, dataset_folder, split, detected)
+
+
+def split_inputs(
+    spec: RunSpec, dataset_folder: Path, split: Split, cache_folder: Path | None = None
+) -> DetectionDataset | TiledPictures:
+    """What the network is shown of a split, in the split's order: letterboxed pictures, or their tiles.
+
+    Raises:
+        FileNotFoundError: the dataset has no such split.
+    """
+    options = score_options(spec)
+    if options.tiling is not None:
+        return TiledPictures(dataset_folder, split, options.tiling, input_size_px=options.input_size_px)
+    return DetectionDataset(
+        dataset_folder,
+        split,
+        input_size_px=options.input_size_px,
+        augment=None,
+        seed=0,
+        cache_bytes=0,
+        cache_folder=cache_folder,
+    )
+
+
+def detect_split(
+    spec: RunSpec,
+    model: nn.Module,
+    inputs: DetectionDataset | TiledPictures,
+    workers: Workers,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Detected | None:
+    """Detections in pixels of the pictures, by picture and descending score, on rank 0; None elsewhere.
+
+    The same for any number of workers, to the last bit: see `scoring_batches`. `progress` is told how many inputs of
+    this rank are done, after each batch.
+
     Raises:
         UndecodableImage: an image is damaged; a score over the others would be another score.
-        RuntimeError: an image was seen twice or not at all.
+        MiscountedImages: an image or tile was detected on twice, or not at all.
     """
-    scoring = spec.scoring
-    options = score_options(spec)
-    dataset: DetectionDataset | TiledPictures
-    if options.tiling is None:
-        dataset = DetectionDataset(
-            dataset_folder,
-            split,
-            input_size_px=options.input_size_px,
-            augment=None,
-            seed=0,
-            cache_bytes=0,
-            cache_folder=cache_folder,
-        )
-    else:
-        dataset = TiledPictures(dataset_folder, split, options.tiling, input_size_px=options.input_size_px)
-    share = range(workers.rank, len(dataset), workers.world_size)
-    if isinstance(dataset, TiledPictures):
-        # Tiles of one picture together: then it is decoded once, by one worker.
-        ends = [len(dataset) * rank // workers.world_size for rank in (workers.rank, workers.rank + 1)]
-        share = range(*ends)
-    loader: DataLoader[Any] = DataLoader(Subset(dataset, share), batch_size=SCORING_BATCH, collate_fn=collate)
-    postprocess = PostprocessConfig(
-        score_threshold=scoring.score_threshold,
-        nms_iou=scoring.nms_iou,
-        max_detections=scoring.max_detections,
-        max_candidates=scoring.max_candidates,
-    )
+    batches = scoring_batches(len(inputs), batch_size=SCORING_BATCH, rank=workers.rank, world_size=workers.world_size)
+    loader: DataLoader[Any] = DataLoader(inputs, batch_sampler=batches, collate_fn=collate)
+    seen: list[int] = []
     detected = detect(
-        cast(Detector, model), loader, postprocess, device=workers.device, bf16=spec.training.precision == "bf16"
+        cast(Detector, model),
+        _followed(loader, seen, progress),
+        postprocess_config(spec),
+        device=workers.device,
+        bf16=spec.training.precision == "bf16",
+        flip=spec.scoring.flip,
     )
-    gathered = workers.gather(detected)
+    gathered = workers.gather((detected, seen))
     if gathered is None:
         return None
-    ground_truth = json.loads((dataset_folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
-    counts = {name: sum(part.counts[name] for part in gathered) for name in gathered[0].counts}
-    if counts["num_detected_images"] != len(dataset):
-        raise RuntimeError(
-            f"{split}: detected on {counts['num_detected_images']} images or tiles of {len(dataset)}; "
-            "every one must count exactly once"
+    numbers = [number for _, part in gathered for number in part]
+    counts = {name: sum(part.counts[name] for part, _ in gathered) for name in detected.counts}
+    found = Detected([detection for part, _ in gathered for detection in part.detections], counts)
+    if isinstance(inputs, TiledPictures):
+        require_each_once("tile", range(len(inputs)), numbers)
+        return merge_tiles(found, inputs.tiles, max_detections=spec.scoring.max_detections)
+    require_each_once("image", inputs.image_ids, numbers)
+    return found
+
+
+def _followed(loader: Iterable[Batch], seen: list[int], progress: Callable[[int], None]) -> Iterator[Batch]:
+    """The batches, whose images or tiles join `seen` once the next batch is asked for: then they were detected on."""
+    for batch in loader:
+        yield batch
+        seen += batch.image_ids
+        progress(len(seen))
+
+
+def require_each_once(what: str, expected: Iterable[int], seen: Iterable[int]) -> None:
+    """Raise MiscountedImages unless `seen` holds every id of `expected` once; `what`: of images or of tiles."""
+    times = Counter(seen)
+    faults = {
+        "not at all": [number for number in expected if number not in times],
+        "more than once": sorted(number for number, count in times.items() if count > 1),
+    }
+    if told := [f"{how}: {len(ids)} (id {_some(ids)})" for how, ids in faults.items() if ids]:
+        raise MiscountedImages(
+            f"each {what} of the split must be detected on exactly once. {'; '.join(told)}. Score again; if that does "
+            "not help, prepare the dataset again"
         )
-    found = [detection for part in gathered for detection in part.detections]
-    if isinstance(dataset, TiledPictures):
-        found, counts = merge_tiles(Detected(found, counts), dataset.tiles, max_detections=scoring.max_detections)
-    detections = sorted(found, key=lambda detection: (detection["image_id"], -detection["score"]))
-    curves = score(ground_truth, detections, max_dets=scoring.max_dets, ignore_rule=options.ignore_rule)
+
+
+def _some(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+
+
+def score_detections(spec: RunSpec, dataset_folder: Path, split: Split, detected: Detected) -> Scored:
+    """The score of a split's detections under the spec's rules."""
+    options = score_options(spec)
+    ground_truth = json.loads((dataset_folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
+    detections: list[Any] = sorted(
+        detected.detections, key=lambda detection: (detection["image_id"], -detection["score"])
+    )
+    curves = score(ground_truth, detections, max_dets=options.max_dets, ignore_rule=options.ignore_rule)
     result = coco_result(
         curves,
         run_key=spec.run_key,
@@ -110,9 +190,46 @@ def score_split(
         dataset_version=spec.dataset.version,
         split=split,
         options=options,
-        detection_counts=counts,
+        detection_counts=detected.counts,
     )
     return Scored(result, curves, ground_truth, detections)
+
+
+def postprocess_config(spec: RunSpec) -> PostprocessConfig:
+    """How raw predictions become detections when a run with this spec is scored."""
+    scoring = spec.scoring
+    return PostprocessConfig(
+        score_threshold=scoring.score_threshold,
+        nms_iou=scoring.nms_iou,
+        max_detections=scoring.max_detections,
+        max_candidates=scoring.max_candidates,
+    )
+
+
+def load_model(spec: RunSpec, weights: Path) -> nn.Module:
+    """The spec's detector with the weights in a safetensors file.
+
+    Raises:
+        UnfitWeights: it is no such file or damaged, or its tensors are not those of the architecture.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        given = load_file(weights)
+    except SafetensorError as error:
+        raise UnfitWeights(f"{weights} is no safetensors file, or is damaged: {error}. Give a whole one") from None
+    model = build_model(spec)
+    wanted = model.state_dict()
+    shapes, wanted_shapes = ({name: value.shape for name, value in one.items()} for one in (given, wanted))
+    if differing := sorted(name for name in shapes | wanted_shapes if shapes.get(name) != wanted_shapes.get(name)):
+        raise UnfitWeights(
+            f"{weights}: {len(differing)} of its tensors, or of those that {spec.architecture.label} has for "
+            f"{len(spec.dataset.card.classes)} classes, have no counterpart of the same shape, {differing[0]} first. "
+            "Give the architecture, settings and dataset that the weights were trained with"
+        )
+    model.load_state_dict(given)
+    return model
 
 
 def score_options(spec: RunSpec) -> ScoreOptions:
@@ -120,11 +237,11 @@ def score_options(spec: RunSpec) -> ScoreOptions:
     card, scoring = spec.dataset.card, spec.scoring
     tiling = scoring.tiling or card.tiling
     return ScoreOptions(
-        input_size_px=spec.training.input_size_px,
+        input_size_px=scoring.input_size_px or spec.training.input_size_px,
         precision=spec.training.precision,  # type: ignore[arg-type]
         ignore_rule=card.ignore_rule,
         tiling=None if tiling is None else TileGrid(size_px=tiling.size_px, overlap_px=tiling.overlap_px),
-        **scoring.model_dump(exclude={"tiling"}),
+        **scoring.model_dump(exclude={"tiling", "input_size_px"}),
     )
 
 

@@ -96,7 +96,8 @@ class ScoringSpec(_Section):
 
     `max_detections` caps an image's detections over all classes; `max_dets` is the protocol's own cap. `tiling`: look
     at pictures tile by tile and merge what is found; without it, by the tiles of the dataset's card, if it has any,
-    else at whole pictures. Tiles larger than the pictures mean whole pictures in any case.
+    else at whole pictures. Tiles larger than the pictures mean whole pictures in any case. `input_size_px`: another
+    size than that of the training. `flip`: look at the mirror image of every picture as well.
     """
 
     score_threshold: float = Field(0.01, ge=0, le=1)
@@ -104,8 +105,10 @@ class ScoringSpec(_Section):
     max_detections: int = Field(500, ge=1)
     max_candidates: int = Field(10_000, ge=1)
     max_dets: int = Field(100, ge=1)
-    # Left out where there is none: the keys of scores of whole pictures stay what they were.
+    # These are left out where there is nothing to say: the keys of scores from before they were there stay the same.
     tiling: TileGrid | None = Field(None, exclude_if=lambda tiling: tiling is None)
+    input_size_px: int | None = Field(None, ge=32, multiple_of=32, exclude_if=lambda side: side is None)
+    flip: bool = Field(False, exclude_if=lambda flip: not flip)
 
 
 class ComputeSpec(_Section):

@@ -96,7 +96,7 @@ def test_score_key_depends_on_protocol_and_every_option() -> None:
     changed = {
         "score_threshold": 0.05, "nms_iou": 0.7, "max_detections": 300, "max_candidates": 5_000, "input_size_px": 320,
         "precision": "bf16", "max_dets": 100, "ignore_rule": "none",
-        "tiling": TileGrid(size_px=64, overlap_px=8),
+        "tiling": TileGrid(size_px=64, overlap_px=8), "flip": True,
     }  # fmt: skip
     assert changed.keys() == ScoreOptions.model_fields.keys()
     keys = {score_key("coco", OPTIONS.model_copy(update={name: value})) for name, value in changed.items()}

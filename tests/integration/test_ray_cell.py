@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from chaos.processes import MARK, left_after, marked, new_mark, wait_until
 from chaos.proxy import proxy
 from safetensors.torch import load_file
 
+from flows.evaluate import score_run
+from flows.settings import Settings
 from training.checkpoint import newest_first, verify_checkpoint
 from training.jobs import CellFailed, Cluster, Jobs, code_snapshot, embedded_cluster
 from training.meter import PROGRESS_MARK
@@ -184,6 +187,30 @@ def test_a_living_job_is_found_and_its_id_is_used_once(finished: Finished) -> No
     assert "already exists" in finished.refusal
     assert any("data ready on 2 workers" in line for line in finished.lines)
     assert any("epoch 2/2 step 12/12" in line for line in finished.lines)
+
+
+def test_two_workers_score_as_one_does_and_leave_nothing(
+    finished: Finished, service: Service, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECK_HOME", str(service.storage.parent))
+    monkeypatch.setenv("SPECK_DATA_SOURCE", tiny.source)
+    monkeypatch.setattr("flows.evaluate.embedded_cluster", lambda _: nullcontext(service.cluster))
+    weights, before = finished.folder / "artifacts" / "weights.safetensors", set(service.storage.iterdir())
+    lines: list[str] = []
+    (alone, together) = (
+        score_run(finished.spec, weights, Settings(), ["train"], workers=workers, say=lines.append)[1]["train"]
+        for workers in (1, 2)
+    )
+    assert together.detections == alone.detections
+    assert together.result == alone.result
+    assert together.result.counts["num_detected_images"] == 24
+    assert [line.partition(",")[0] for line in lines] == [
+        "24/24 images", "starting a Ray job of 2 workers", "24/24 images",
+    ]  # fmt: skip
+    monkeypatch.setattr("flows.evaluate.write_json", lambda path, _: path.write_text("no order"))
+    with pytest.raises(CellFailed, match="ended FAILED"):
+        score_run(finished.spec, weights, Settings(), ["train"], workers=2)
+    assert set(service.storage.iterdir()) == before
 
 
 @pytest.mark.parametrize("authorization", [None, "Bearer " + "0" * 64])

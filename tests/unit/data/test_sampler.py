@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.sampler import GlobalBatchSampler, repeat_factors
+from data.sampler import GlobalBatchSampler, repeat_factors, scoring_batches
 
 
 def _steps(
@@ -138,3 +138,22 @@ def test_repeat_factors_equal_a_loop(labels: list[list[int]], threshold: float) 
         shares = [sum(label in other for other in labels) / len(labels) for label in image]
         expected.append(max([1.0, *((threshold / share) ** 0.5 for share in shares)]))
     np.testing.assert_allclose(repeat_factors(labels, 5, threshold), expected)
+
+
+@given(st.integers(0, 90), st.integers(1, 12), st.integers(1, 9))
+def test_scoring_batches_are_the_same_for_any_number_of_ranks(
+    num_images: int, batch_size: int, world_size: int
+) -> None:
+    def shares(world_size: int) -> list[list[list[int]]]:
+        return [
+            scoring_batches(num_images, batch_size=batch_size, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+
+    together = list(chain(*shares(world_size)))
+    assert together == shares(1)[0]
+    assert list(chain(*together)) == list(range(num_images))
+    assert all(len(batch) == batch_size for batch in together[:-1])
+    assert all(together)
+    sizes = [len(share) for share in shares(world_size)]
+    assert max(sizes) - min(sizes) <= 1

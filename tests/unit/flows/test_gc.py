@@ -144,6 +144,7 @@ def test_what_is_needed_survives_and_the_rest_is_freed(
     (repo / "data/raw/x").symlink_to(repo)
     (repo / "data/raw/.x.old").symlink_to(repo)
     (settings.storage / finished.run_key / "artifacts.partial").mkdir()
+    (settings.storage / "scoring-01234567").mkdir()
 
     garbage = find_garbage(settings, repo, node)
     assert kinds(garbage) == {
@@ -154,7 +155,7 @@ def test_what_is_needed_survives_and_the_rest_is_freed(
         "checkpoints of a finished run": [finished.run_key],
         "superseded run": [finished.run_key],
         "leftover of a killed import": ["x.fixed", "x.old", "x.partial", "y.old"],
-        "leftover of a killed run": ["artifacts.partial"],
+        "leftover of a killed run": ["artifacts.partial", "scoring-01234567"],
     }
     assert free(garbage, settings, repo, node) == garbage
     assert find_garbage(settings, repo, node) == []

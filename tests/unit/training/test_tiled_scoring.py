@@ -66,3 +66,20 @@ def test_a_dataset_of_tiles_is_scored_by_its_tiles_unless_told_otherwise(tiny_sp
     whole = cut.model_copy(update={"scoring": scoring(4096, 0)})
     assert score_options(whole).tiling == TileGrid(size_px=4096, overlap_px=0)
     assert RunSpec.model_validate_json(whole.model_dump_json()) == whole
+
+
+def test_input_size_and_flip_are_part_of_the_score_key_and_left_out_otherwise(tiny_spec: MakeSpec) -> None:
+    plain = score_options(tiny_spec())
+    assert not {"flip", "input_size_px"} & json.loads(tiny_spec().model_dump_json())["scoring"].keys()
+    assert "flip" not in plain.model_dump(mode="json")
+    changed = tiny_spec(scoring=ScoringSpec(flip=True, input_size_px=96))
+    options = score_options(changed)
+    assert (options.flip, options.input_size_px, plain.input_size_px) == (True, 96, 64)
+    assert changed.run_key == tiny_spec().run_key
+    keys = {
+        score_key("coco", plain.model_copy(update=change)) for change in ({}, {"flip": True}, {"input_size_px": 96})
+    }
+    assert len(keys) == 3
+    assert RunSpec.model_validate_json(changed.model_dump_json()) == changed
+    assert type(options).model_validate_json(options.model_dump_json()) == options
+    assert score_options(tiny_spec(scoring=ScoringSpec(input_size_px=64))) == plain

@@ -1,0 +1,118 @@
+"""`speck evaluate`: the score of any model on any split, and how long it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from flows.output import JsonOption, print_json
+
+if TYPE_CHECKING:
+    from training.latency import Latency
+    from training.scoring import Scored, Split
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Run key or its beginning, models:/NAME@alias, models:/NAME/VERSION, or .safetensors.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Argument(help="In its current version; default: the model's own, as it was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="val, test or train.")] = "test",
+    input_size: Annotated[int | None, typer.Option(help="Side of the network's input in px.")] = None,
+    tiled: Annotated[
+        bool | None, typer.Option("--tiled/--whole", help="Tile by tile or whole; default: as the model was scored.")
+    ] = None,
+    tile_size: Annotated[int | None, typer.Option(help="Side of a tile in px.")] = None,
+    tile_overlap: Annotated[int | None, typer.Option(help="What neighbours share in px; default: a fifth.")] = None,
+    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Look at the mirror image as well.")] = None,
+    max_dets: Annotated[int | None, typer.Option(help="Detections that count, per image and class.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="More than one: a Ray job; the score is the same.")] = 1,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the model as well.")] = True,
+    architecture: Annotated[str | None, typer.Option(help="Of a weights file without its spec.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for detections.json (COCO results) and score.json.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model again: a finished run's, a registered one's or a weights file, on any split of its classes."""
+    if split not in {"val", "test", "train"}:
+        raise typer.BadParameter(f"{split!r} is no split; use val, test or train", param_hint="--split")
+    from flows.evaluate import dataset_folder, score_run, with_rules
+    from flows.find_model import find_model
+    from flows.settings import Settings
+    from training.latency import measure_latency
+    from training.scoring import split_inputs
+
+    settings, part = Settings(), cast("Split", split)
+    with find_model(model, settings, dataset=dataset, architecture=architecture) as found:
+        spec = with_rules(
+            found.spec,
+            found.tiling,
+            input_size_px=input_size,
+            tiled=tiled,
+            tile_size_px=tile_size,
+            tile_overlap_px=tile_overlap,
+            flip=flip,
+            max_dets=max_dets,
+        )
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        detector, by_split = score_run(
+            spec, found.weights, settings, [part], workers=workers, say=lambda line: typer.echo(line, err=as_json)
+        )
+        timed = None
+        if latency:
+            inputs = split_inputs(spec, dataset_folder(spec, settings), part)
+            timed = measure_latency(spec, detector, inputs, next(detector.parameters()).device)
+    # On another dataset the spec has another key, but the weights are still that run's.
+    scored = by_split[part]
+    scored = scored._replace(result=scored.result.model_copy(update={"run_key": found.run_key}))
+    content = _as_json(scored, timed)
+    if out is not None:
+        _write(out, scored, content)
+    if as_json:
+        print_json(content)
+    else:
+        _print(scored, timed)
+
+
+def _as_json(scored: Scored, latency: Latency | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return scored.result.model_dump(mode="json") | ({} if latency is None else {"latency": asdict(latency)})
+
+
+def _write(folder: Path, scored: Scored, content: dict[str, Any]) -> None:
+    import json
+
+    from data.whole_file import write_whole
+
+    write_whole(folder / "detections.json", json.dumps(scored.detections, allow_nan=False))
+    write_whole(folder / "score.json", json.dumps(content, indent=1, allow_nan=False))
+
+
+def _print(scored: Scored, latency: Latency | None) -> None:
+    result, options = scored.result, scored.result.options
+    tiling = options.tiling
+    looked_at = "whole pictures" if tiling is None else f"tiles of {tiling.size_px} px, overlap {tiling.overlap_px} px,"
+    typer.echo(f"{result.run_key} on {result.dataset_name} {result.dataset_version[:12]} {result.split}")
+    typer.echo(
+        f"  {looked_at} at {options.input_size_px} px{', and mirrored' if options.flip else ''}; {options.precision}, "
+        f"score >= {options.score_threshold:g}, NMS IoU {options.nms_iou:g}, maxDets {options.max_dets}"
+    )
+    typer.echo("  " + ", ".join(f"{name.removeprefix('num_')} {count}" for name, count in result.counts.items()))
+    for name, value in result.metrics.items():
+        typer.echo(f"  {name:20} {'no ground truth' if value is None else f'{value:.4f}'}")
+    if latency is not None:
+        what = "images" if tiling is None else "tiles"
+        tiles = "" if tiling is None else f"; {latency.inputs_per_image:.1f} tiles an image"
+        typer.echo(
+            f"  latency on {latency.device}, threads {latency.threads}, {latency.precision}: "
+            f"p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms ({latency.num_timed} {what}, one by one); "
+            f"{latency.inputs_per_s:.1f} {what}/s in batches of {latency.batch_size}, "
+            f"{latency.end_to_end_inputs_per_s:.1f} with decoding{tiles}"
+        )

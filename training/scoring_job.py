@@ -1,0 +1,72 @@
+"""Detecting on a split with several workers: `python -m training.scoring_job FOLDER` inside the cluster.
+
+FOLDER, on shared storage, holds the order and the weights. What was detected is written there, last and whole.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from data.store import default_max_bytes, default_root, materialise
+from data.whole_file import write_whole
+from training.launch import causes_told, on_workers
+from training.meter import PROGRESS_MARK
+from training.scoring import DETECTED, SHARE_MARK, detect_split, load_model, read_order, split_inputs
+from training.workers import Workers
+
+NEWS_EVERY_S = 2.0
+
+
+def main(folder: Path) -> None:
+    """Start the workers and wait for them."""
+    with causes_told():
+        compute = read_order(folder).spec.compute
+        ray.init(log_to_driver=True, configure_logging=False)
+        on_workers(score_worker, {"folder": str(folder)}, compute, folder).fit()
+
+
+def score_worker(config: dict[str, Any]) -> None:
+    """Entry point on every worker; rank 0 writes what all of them detected."""
+    folder = Path(config["folder"])
+    order = read_order(folder)
+    spec = order.spec
+    torch.set_num_threads(max(1, int(spec.compute.cpus_per_worker)))
+    on_gpu = spec.compute.gpus_per_worker > 0
+    if on_gpu:
+        torch.cuda.set_device(ray.train.torch.get_device())
+    workers = Workers.current(on_gpu=on_gpu)
+    dataset_folder = materialise(
+        spec.dataset.name,
+        spec.dataset.version,
+        source=order.data_source,
+        root=default_root(),
+        max_bytes=default_max_bytes(),
+    )
+    model = load_model(spec, folder / "weights.safetensors").to(workers.device)
+    told = -NEWS_EVERY_S
+
+    def tell(num_done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= NEWS_EVERY_S:
+            told = time.monotonic()
+            print(f"{PROGRESS_MARK} {SHARE_MARK} {workers.rank} {num_done}", flush=True)
+
+    tell(0)
+    detected = detect_split(spec, model, split_inputs(spec, dataset_folder, order.split), workers, tell)
+    if detected is not None:
+        write_whole(folder / DETECTED, json.dumps(detected._asdict(), allow_nan=False))
+    # A barrier: no worker may leave while rank 0 still writes.
+    ray.train.report({})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
