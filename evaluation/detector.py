@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.augment import fit_hw
 from data.loader import Batch
 from evaluation.checks import CocoDetection
+from evaluation.foreground import ForegroundObserver, ObjectScore
 from models.interface import Detections, Detector, PostprocessConfig
 from models.postprocess import suppress_non_maxima
 
@@ -22,11 +23,13 @@ class Detected(NamedTuple):
     """COCO results of all images, in loader order and by descending score within an image.
 
     `counts`: `num_detected_images`, and what was left out: `num_dropped_candidates` (by the cap before non-maximum
-    suppression), `num_degenerate_boxes` (no area left inside the image) and `num_non_finite_boxes`.
+    suppression), `num_degenerate_boxes` (no area left inside the image) and `num_non_finite_boxes`. `object_scores`:
+    what a `ForegroundObserver` saw, if one was there.
     """
 
     detections: list[CocoDetection]
     counts: dict[str, int]
+    object_scores: Sequence[ObjectScore] = ()
 
 
 def detect(
@@ -37,11 +40,11 @@ def detect(
     device: torch.device,
     bf16: bool,
     flip: bool = False,
-    observe: Callable[[Any, Batch], None] | None = None,
+    observer: ForegroundObserver | None = None,
 ) -> Detected:
     """Detections of every image of `loader`; the detector's training and evaluation modes are restored afterwards.
 
-    See `detect_batch` for `bf16`, `flip` and `observe`. Boxes are divided by the letterbox scale and clipped to the
+    See `detect_batch` for `bf16`, `flip` and `observer`. Boxes are divided by the letterbox scale and clipped to the
     image; `category_id` is label + 1.
     """
     found: list[CocoDetection] = []
@@ -51,7 +54,7 @@ def detect(
     with evaluating(detector):
         for batch in loader:
             for detections, image_id, scale, (height_px, width_px) in zip(
-                detect_batch(detector, batch, config, device=device, bf16=bf16, flip=flip, observe=observe),
+                detect_batch(detector, batch, config, device=device, bf16=bf16, flip=flip, observer=observer),
                 batch.image_ids,
                 batch.scales.tolist(),
                 batch.original_hw,
@@ -63,7 +66,7 @@ def detect(
                 counts["num_dropped_candidates"] += detections.num_dropped_candidates
                 counts["num_degenerate_boxes"] += num_degenerate
                 counts["num_non_finite_boxes"] += num_non_finite
-    return Detected(found, counts)
+    return Detected(found, counts, () if observer is None else observer.rows)
 
 
 def detect_batch(
@@ -74,13 +77,13 @@ def detect_batch(
     device: torch.device,
     bf16: bool,
     flip: bool = False,
-    observe: Callable[[Any, Batch], None] | None = None,
+    observer: ForegroundObserver | None = None,
 ) -> list[Detections]:
     """Detections of each image of a batch, in the network's frame. To be called inside `evaluating`.
 
     `bf16` runs the forward pass under autocast. `flip` looks at each picture's mirror image as well: what is found
-    there is mirrored back, and of both together class-wise suppression keeps at most `max_detections`. `observe` is
-    shown the raw predictions for the batch as it is, such as a `ForegroundObserver`.
+    there is mirrored back, and of both together class-wise suppression keeps at most `max_detections`. `observer` is
+    shown the raw predictions for the batch as it is.
     """
     images = batch.images.to(device, non_blocking=True)
 
@@ -89,8 +92,8 @@ def detect_batch(
             return detector(images)
 
     predictions = look(images)
-    if observe is not None:
-        observe(predictions, batch)
+    if observer is not None:
+        observer(predictions, batch)
     found = detector.postprocess(predictions, config)
     if not flip:
         return found

@@ -45,7 +45,7 @@ class ObjectScore(NamedTuple):
 class ForegroundObserver:
     """Collects in `rows` an `ObjectScore` for each object of the pictures that a detector looks at.
 
-    Pass it to `evaluation.detector.detect` as `observe`. Objects are the annotations of the COCO dict `ground_truth`
+    Pass it to `evaluation.detector.detect`. Objects are the annotations of the COCO dict `ground_truth`
     but crowd boxes; not the boxes of a batch, for the loader leaves out those that its input makes too small, and tiles
     carry none. With `tiles`, as in `TiledPictures`, an object has a row for each tile that shows any of it.
 

@@ -55,7 +55,7 @@ def merge_tiles(detected: Detected, tiles: Sequence[PictureTile], *, max_detecti
         "num_merged_detections": num_merged,
         "num_detections_over_cap": num_over_cap,
     }
-    return Detected(found, counts)
+    return detected._replace(detections=found, counts=counts)
 
 
 def _merge_picture(

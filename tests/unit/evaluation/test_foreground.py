@@ -91,7 +91,7 @@ def observed(
 ) -> list[ObjectScore]:
     observer = ForegroundObserver(detector, ground_truth)
     batches = batches or [batch((1,), [1.0], ((SIDE_PX, SIDE_PX),))]
-    detect(detector, batches, PostprocessConfig(), device=CPU, bf16=bf16, observe=observer)
+    detect(detector, batches, PostprocessConfig(), device=CPU, bf16=bf16, observer=observer)
     return observer.rows
 
 
@@ -231,7 +231,7 @@ def test_real_detectors_over_a_split_and_the_way_to_the_report(
     ground_truth = json.loads((tiny.folder / "annotations" / "val.json").read_text())
     observer = ForegroundObserver(detector, ground_truth)
     loader: Any = DataLoader(dataset, batch_size=3, collate_fn=collate)
-    found = detect(detector, loader, config, device=CPU, bf16=bf16, observe=observer).detections
+    found = detect(detector, loader, config, device=CPU, bf16=bf16, observer=observer).detections
     assert [row.annotation_id for row in observer.rows] == [a["id"] for a in ground_truth["annotations"]]
     best = {image["id"]: max(d["score"] for d in found if d["image_id"] == image["id"])
             for image in ground_truth["images"]}  # fmt: skip
@@ -261,7 +261,7 @@ def test_objects_of_tiled_pictures(tiny: Any, size_px: int) -> None:
     detector: Any = scores(len(dataset))
     observer = ForegroundObserver(detector, ground_truth, dataset.tiles)
     loader: Any = DataLoader(dataset, batch_size=4, collate_fn=collate)
-    detect(detector, loader, PostprocessConfig(), device=CPU, bf16=False, observe=observer)
+    detect(detector, loader, PostprocessConfig(), device=CPU, bf16=False, observer=observer)
 
     oracle = []
     for number, (image_id, (x0, y0, width, height)) in enumerate(dataset.tiles):
