@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.tiling import TileGrid
 
 if TYPE_CHECKING:
-    from evaluation.coco import CocoScore
+    from evaluation.score import Score
 
 _parsing = threading.Lock()
 _DRAWING = ("matching.py", "pictures.py")
@@ -74,7 +74,7 @@ class ScoreResult(_Record):
 
 
 def coco_result(
-    scored: CocoScore,
+    scored: Score,
     *,
     run_key: str,
     dataset_name: str,

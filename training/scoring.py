@@ -14,10 +14,11 @@ from data.batch import collate
 from data.loader import DetectionDataset
 from data.tiled_pictures import TiledPictures
 from data.tiling import TileGrid
-from evaluation.coco import CocoScore, score
+from evaluation.coco import score
 from evaluation.detector import Detected, detect
 from evaluation.pictures import pr_plot, predictions_page, training_curves
 from evaluation.result import ScoreOptions, ScoreResult, coco_result
+from evaluation.score import Score
 from evaluation.tiles import merge_tiles
 from models.interface import Detector, PostprocessConfig
 from training.checkpoint import save_tensors, write_json
@@ -36,7 +37,7 @@ class Scored(NamedTuple):
     """A split's score with what it was computed from: ground truth and detections in COCO form."""
 
     result: ScoreResult
-    curves: CocoScore
+    curves: Score
     ground_truth: dict[str, Any]
     detections: list[dict[str, Any]]
 

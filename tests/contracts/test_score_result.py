@@ -53,7 +53,8 @@ def test_fields_and_metric_names() -> None:
     assert list(stored["metrics"]) == [f"coco/{name}" for name in ap_names + ar_names]
     assert stored["metrics"]["coco/AP_small"] == pytest.approx(1.0)
     assert stored["metrics"]["coco/AP_large"] is None
-    assert stored["per_class"]["bus"] == {"AP": None, "AP50": None, "AR": None, "num_ground_truths": 0.0}
+    none = dict.fromkeys(("coco/AP", "coco/AP50", "coco/AR"))
+    assert stored["per_class"]["bus"] == {**none, "num_ground_truths": 0.0}
     assert stored["counts"]["num_dropped_candidates"] == 3
 
 
