@@ -42,9 +42,10 @@ def read_json(path: Path, problems: Problems) -> Any:
     """Return what a JSON file holds; None, and a problem, where it cannot be read."""
     try:
         content = read_bytes(path, None)
-        if content.strip():
-            return json.loads(content)
-        problems.add(path, f"the file is empty ({len(content)} bytes); a file without entries says []")
+        value = json.loads(content) if content.strip() else None
+        if value is None:
+            problems.add(path, f"the file is empty ({len(content)} bytes); a file without entries says []")
+        return value
     except UnreadableFile as error:
         problems.add(path, str(error))
     except json.JSONDecodeError as error:
@@ -78,8 +79,8 @@ def _require_form(path: Path, document: Any, problems: Problems) -> None:
 
 def _image_faults(image: dict[str, Any]) -> list[str]:
     faults = []
-    if not _is_text(image.get("file_name", "-")):
-        faults.append(f"'file_name' must be text that can be printed, found {repr(image['file_name'])}")
+    if not isinstance(image.get("file_name", ""), str):
+        faults.append(f"'file_name' must be text, found {repr(image['file_name'])}")
     if {"width", "height"} & image.keys() and not (is_side(image.get("width")) and is_side(image.get("height"))):
         faults.append("'width' and 'height' must be whole numbers of pixels, or both be left out")
     regions = image.get("ignore_regions_xywh", [])
@@ -90,7 +91,10 @@ def _image_faults(image: dict[str, Any]) -> list[str]:
 
 def _category_faults(category: dict[str, Any]) -> list[str]:
     name = category.get("name")
-    return [] if _is_text(name) else [f"'name' must be text that can be printed, found {repr(name)}"]
+    # JSON has halves of characters, and control characters, too.
+    if isinstance(name, str) and name and name.isprintable():
+        return []
+    return [f"'name' must be text that can be printed, found {repr(name)}"]
 
 
 def _annotation_faults(annotation: dict[str, Any]) -> list[str]:
@@ -106,8 +110,3 @@ def _annotation_faults(annotation: dict[str, Any]) -> list[str]:
 
 def _are_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, dict) for row in value)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a JSON value can be printed: JSON has halves of characters, and control characters, too."""
-    return isinstance(value, str) and value != "" and value.isprintable()

@@ -46,23 +46,23 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
     """
     problems = Problems()
     sizes_px = _sizes(image_sizes, problems) if image_sizes else {}
-    annotations, whole = visdrone_annotations(ground_truth), uavdt_ground_truth(ground_truth)
-    is_coco = ground_truth.is_file()
+    is_coco, is_folder = ground_truth.is_file(), ground_truth.is_dir()
+    whole = uavdt_ground_truth(ground_truth) if is_folder else None
+    annotations = visdrone_annotations(ground_truth) if is_folder and whole is None else None
     if not is_coco and annotations is None and whole is None:
-        what = "holds none of these" if ground_truth.is_dir() else "is not there"
-        problems.add(ground_truth, f"{what}: {_LOOKED_FOR}")
-    elif detections.is_file() != is_coco or detections.is_dir() == is_coco:
+        what = "holds no ground truth" if is_folder else "is neither a file nor a folder"
+        problems.add(ground_truth, f"{what}; known are {_LOOKED_FOR}")
+    elif not (detections.is_file() if is_coco else detections.is_dir()):
         what = "a file" if is_coco else "a folder"
-        rule = f"the ground truth is {what}, so the detections must be {what} of the same format"
-        problems.add(detections, f"{rule}, and {'are not there' if not detections.exists() else 'are none'}")
+        rule = f"there is no such {what}; the ground truth is {what}, so the detections are one of the same format"
+        problems.add(detections, rule)
     problems.check()
-    if is_coco:
-        tables = read_coco(ground_truth, detections, problems)
+    if annotations is not None:
+        tables = read_visdrone(annotations, detections, problems)
     elif whole is not None:
         tables = read_uavdt(whole, detections, problems)
     else:
-        assert annotations is not None
-        tables = read_visdrone(annotations, detections, problems)
+        tables = read_coco(ground_truth, detections, problems)
     tables = _with_sizes(tables, sizes_px, is_by_folder=whole is not None)
     _require_xywh(tables, ground_truth, detections, problems)
     problems.check()

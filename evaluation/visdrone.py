@@ -169,7 +169,7 @@ def in_ignored_pixels(table: TruthTable | DetectionTable, tables: Tables) -> NDA
     if unknown:
         raise UnknownImageSize(
             f"{len(unknown)} images have ignore regions and no known size, for example "
-            f"{', '.join(map(repr, unknown[:_MAX_NAMED]))}; the protocol needs it: provide the images' sizes"
+            f"{', '.join(map(repr, unknown[:_MAX_NAMED]))}; the protocol needs it: add it (speck score: --image-sizes)"
         )
     ignored = np.zeros(len(table.image), bool)
     order = np.argsort(table.image, kind="stable")

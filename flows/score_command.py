@@ -29,7 +29,7 @@ def score(
     ],
     image_sizes: Annotated[
         Path | None,
-        typer.Option(help="JSON, {image or UAVDT sequence: [width, height]}, for sizes that the files do not say."),
+        typer.Option(help="JSON, width and height by name of the image (UAVDT: sequence), where the files do not say."),
     ] = None,
     max_dets: Annotated[
         int | None, typer.Option(min=1, help="Limit on detections: coco 100 and visdrone 500 if not given.")
