@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,4 +20,4 @@ class Score(NamedTuple):
     metrics: dict[str, float | None]
     per_class: dict[str, dict[str, float | None]]
     counts: dict[str, int]
-    precision_at_50: Mapping[str, NDArray[np.float64]] = MappingProxyType({})
+    precision_at_50: Mapping[str, NDArray[np.float64]] = {}

@@ -53,8 +53,8 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
         what = "holds no ground truth" if is_folder else "is neither a file nor a folder"
         problems.add(ground_truth, f"{what}; known are {_LOOKED_FOR}")
     elif not (detections.is_file() if is_coco else detections.is_dir()):
-        what = "a file" if is_coco else "a folder"
-        rule = f"there is no such {what}; the ground truth is {what}, so the detections are one of the same format"
+        what = "file" if is_coco else "folder"
+        rule = f"there is no such {what}; the ground truth is a {what}, so the detections are one of the same format"
         problems.add(detections, rule)
     problems.check()
     if annotations is not None:
@@ -66,7 +66,7 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
     tables = _with_sizes(tables, sizes_px, is_by_folder=whole is not None)
     _require_xywh(tables, ground_truth, detections, problems)
     problems.check()
-    notes = _notes(tables)
+    notes = _notes(tables, are_frames=whole is not None)
     if is_coco or with_others:
         return ScoreFiles(tables, {}, notes)
     tables, counts = _without_others(tables)
@@ -116,7 +116,7 @@ def _share_of_corners(boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float6
     return float((is_beyond & are_corners).mean()) if len(boxes_px) else 0.0
 
 
-def _notes(tables: Tables) -> tuple[str, ...]:
+def _notes(tables: Tables, *, are_frames: bool) -> tuple[str, ...]:
     notes = []
     without_size = np.flatnonzero((tables.truths.boxes_xywh_px[:, 2:] <= 0).any(axis=1))
     if len(without_size):
@@ -127,6 +127,14 @@ def _notes(tables: Tables) -> tuple[str, ...]:
         )
     if (tables.detections.label == NO_CLASS).any():
         notes.append("the detections have no class (column 9 is -1): class-aware numbers are left out")
+    has_truth = np.isin(np.arange(len(tables.image_ids)), tables.truths.image)
+    has_truth |= np.array([len(regions) > 0 for regions in tables.ignore_regions_xywh_px], bool)
+    num_alone = int((~has_truth[tables.detections.image]).sum())
+    if are_frames and num_alone:
+        notes.append(
+            f"{num_alone} detections are in frames that have no row of ground truth, and count as false positives: "
+            "see that both number the frames alike"
+        )
     return tuple(notes)
 
 

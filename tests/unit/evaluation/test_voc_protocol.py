@@ -51,14 +51,13 @@ def random_tables(seed: int) -> Tables:
     for image in range(1, 7):
         for _ in range(int(rng.integers(0, 9))):
             box = [*rng.integers(0, 60, 2), *rng.integers(8, 40, 2)]
-            annotations.append(
-                {"image_id": image, "category_id": int(rng.integers(1, 4)), "bbox": box, "iscrowd": int(rng.random() < 0.2)}
-            )  # fmt: skip
+            category, is_crowd = int(rng.integers(1, 4)), int(rng.random() < 0.2)
+            annotations.append({"image_id": image, "category_id": category, "bbox": box, "iscrowd": is_crowd})
             for _ in range(int(rng.integers(0, 4))):
                 shifted = np.maximum(np.array(box) + rng.integers(-6, 7, 4), [-50, -50, 4, 4])
-                category = annotations[-1]["category_id"] if rng.random() < 0.8 else int(rng.integers(1, 4))
+                guessed = category if rng.random() < 0.8 else int(rng.integers(1, 4))
                 score = int(rng.integers(0, 10)) / 10
-                found.append({"image_id": image, "category_id": category, "bbox": shifted.tolist(), "score": score})
+                found.append({"image_id": image, "category_id": guessed, "bbox": shifted.tolist(), "score": score})
     categories = [{"id": c, "name": f"class-{c}"} for c in range(1, 5)]
     images = [{"id": image} for image in range(1, 7)]
     return tabulate({"images": images, "categories": categories, "annotations": annotations}, found)
