@@ -24,7 +24,8 @@ class Protocol(NamedTuple):
     """How to score by a protocol, and its rules in words.
 
     `max_dets`: the limit on detections if nobody asks for another; None where there is no choice. `own_ignore_rule`:
-    what it does about ignore regions; None where the dataset's ignore rule decides.
+    what it does about ignore regions; None where the dataset's ignore rule decides. `needs_classes`: of detections;
+    `takes_others`: a class called `others` takes part, though it is not scored.
     """
 
     score: Callable[[Tables, int, IgnoreRule], Score]
@@ -33,6 +34,7 @@ class Protocol(NamedTuple):
     max_dets: int | None = None
     own_ignore_rule: str | None = None
     needs_classes: bool = True
+    takes_others: bool = False
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {
@@ -48,6 +50,7 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         limit="{max_dets} per image over all classes, in the order of the file",
         max_dets=500,
         own_ignore_rule="objects and detections with half of their pixels in regions are dropped",
+        takes_others=True,
     ),
     "uavdt": Protocol(
         lambda tables, _, __: score_uavdt(tables),

@@ -42,12 +42,12 @@ class _Rows(NamedTuple):
 
 def visdrone_annotations(folder: Path) -> Path | None:
     """The folder of VisDrone annotations that `folder` is or has; None where there are none."""
-    return next((place for place in (folder / "annotations", folder) if any(place.glob("*.txt"))), None)
+    return next((place for place in (folder / "annotations", folder) if _text_files(place)), None)
 
 
 def uavdt_ground_truth(folder: Path) -> Path | None:
     """The folder of UAVDT ground truth that `folder` is or has; None where there is none."""
-    return next((place for place in (folder / "GT", folder) if any(place.glob(f"*{_WHOLE}"))), None)
+    return next((place for place in (folder / "GT", folder) if _text_files(place, _WHOLE)), None)
 
 
 def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> Tables:
@@ -55,17 +55,16 @@ def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> Ta
 
     Raises BadFiles with what is wrong.
     """
-    stems = sorted(_text_files(annotations))
-    _same_names(stems, annotations, detections, "image", problems)
+    stems = _text_files(annotations)
+    with_file = _same_names(stems, annotations, detections, "image", problems)
     truths, found = [], []
     for stem in stems:
         truth = read_numbers(annotations / f"{stem}.txt", _VISDRONE_TRUTH, problems)
         # Category 0 is an ignore region.
         _require_category(truth, 5, range(len(visdrone.CLASSES) + 2), problems)
         truths.append(truth.values)
-        path = detections / f"{stem}.txt"
-        if path.exists():
-            detected = read_numbers(path, _VISDRONE_DETECTION, problems)
+        if stem in with_file:
+            detected = read_numbers(detections / f"{stem}.txt", _VISDRONE_DETECTION, problems)
             _require_category(detected, 5, range(1, len(visdrone.CLASSES) + 2), problems)
             _require_detections(detected, 0, 4, problems)
             found.append(detected.values)
@@ -90,8 +89,9 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tabl
 
     Raises BadFiles with what is wrong.
     """
-    sequences = sorted(path.name.removesuffix(_WHOLE) for path in ground_truth.glob(f"*{_WHOLE}"))
-    _same_names(sequences, ground_truth, detections, "sequence", problems)
+    sequences = _text_files(ground_truth, _WHOLE)
+    with_file = _same_names(sequences, ground_truth, detections, "sequence", problems)
+    with_regions = _text_files(ground_truth, _IGNORE)
     categories = range(1, len(uavdt.CLASSES) + 1)
     parts: dict[str, list[NDArray[np.float64]]] = {"truths": [], "regions": [], "found": []}
     file_names: list[str] = []
@@ -99,10 +99,11 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tabl
         truth = read_numbers(ground_truth / f"{sequence}{_WHOLE}", _UAVDT_TRUTH, problems)
         _require_category(truth, 8, categories, problems)
         of_sequence = {"truths": truth}
-        if (path := ground_truth / f"{sequence}{_IGNORE}").exists():
-            of_sequence["regions"] = read_numbers(path, _UAVDT_IGNORE, problems)
-        if (path := detections / f"{sequence}.txt").exists():
-            of_sequence["found"] = detected = read_numbers(path, _UAVDT_DETECTION, problems)
+        if sequence in with_regions:
+            of_sequence["regions"] = read_numbers(ground_truth / f"{sequence}{_IGNORE}", _UAVDT_IGNORE, problems)
+        if sequence in with_file:
+            detected = read_numbers(detections / f"{sequence}.txt", _UAVDT_DETECTION, problems)
+            of_sequence["found"] = detected
             _require_category(detected, 8, (-1, *categories), problems)
             _require_detections(detected, 2, 6, problems)
         for table in of_sequence.values():
@@ -133,12 +134,13 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tabl
     return tables._replace(detections=tables.detections._replace(label=no_label))
 
 
-def _text_files(folder: Path) -> list[str]:
-    return [path.stem for path in folder.glob("*.txt") if not is_hidden(path.name)]
+def _text_files(folder: Path, suffix: str = ".txt") -> list[str]:
+    """Names of the files in a folder, sorted, without the suffix that they all have."""
+    return sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}") if not is_hidden(path.name))
 
 
-def _same_names(names: Sequence[str], truth: Path, detections: Path, what: str, problems: Problems) -> None:
-    """Every image or sequence must have a file of detections, and every file one of these."""
+def _same_names(names: Sequence[str], truth: Path, detections: Path, what: str, problems: Problems) -> set[str]:
+    """Those that have a file of detections; each must have one, and each file must be of one of them."""
     found = _text_files(detections)
     for name in sorted(set(names) - set(found)):
         rule = f"the file is missing, and {what} {name!r} is in the ground truth"
@@ -146,6 +148,7 @@ def _same_names(names: Sequence[str], truth: Path, detections: Path, what: str, 
     for name in sorted(set(found) - set(names)):
         rule = f"there is no {what} {name!r} in {truth}"
         problems.add(detections / f"{name}.txt", f"{rule}; add its ground truth, or remove the file")
+    return set(names) & set(found)
 
 
 def _require_category(table: NumberTable, column: int, known: Sequence[int], problems: Problems) -> None:

@@ -56,7 +56,7 @@ def score_visdrone(tables: Tables, max_dets: int = 500) -> Score:
     """`visdrone/AP`, `AP50`, `AP75`, `AR_1`, `AR_10`, `AR_100` and AR at `max_dets`, and all of them as `..._macro`.
 
     The official mean weighs a class by the number of images that have it, after the drop; the macro mean does not.
-    Of each class `AP`, `AP50`, AR at the last limit, `num_images` and `num_ground_truths`.
+    Of each class the same, with `num_images` and `num_ground_truths`.
 
     Detections must be in the order that the official toolkit would read, best first: it cuts them off in that order.
     `num_unsorted_images` of the `counts` have them in another. A class called `others` is not scored.

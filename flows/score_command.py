@@ -59,7 +59,7 @@ def score(
         raise typer.BadParameter(
             f"protocol {protocol} has its own: {rules.own_ignore_rule}", param_hint="--ignore-rule"
         )
-    files = read_files(ground_truth, detections, image_sizes, with_others=protocol == "visdrone")
+    files = read_files(ground_truth, detections, image_sizes, with_others=rules.takes_others)
     scored = score_by(protocol, files.tables, max_dets=max_dets, ignore_rule=ignore_rule or "none")
     in_force = rules_in_force(protocol, max_dets=max_dets, ignore_rule=ignore_rule or "none")
     counts, notes = scored.counts | files.counts, [*files.notes, *_notes(scored)]
