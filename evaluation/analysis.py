@@ -11,6 +11,7 @@ from evaluation.inspection import inspection
 from evaluation.judged import judge
 from evaluation.operating_point import choose_operating_point, measure_operating_point
 from evaluation.reliability import reliability
+from evaluation.score import Score
 from evaluation.tables import Tables
 
 
@@ -46,3 +47,31 @@ def analyse(
         inspection(tables, judged, threshold if chosen.overall else None),
         IgnoredHits(int(num_in_regions), int(num_on_crowds)),
     )
+
+
+def headline(analysis: Analysis) -> Score:
+    """What runs are compared by, as metrics `analysis/...`; per class the threshold of the highest F1.
+
+    `analysis/threshold`, `precision`, `recall` and `f1` are those of the operating point, at IoU .50.
+    """
+    overall, at = analysis.operating_point.overall, analysis.inspection.at_operating_point
+    metrics: dict[str, float | None] = {
+        "threshold": None if overall is None else overall.score,
+        "precision": None if overall is None else overall.precision,
+        "recall": None if overall is None else overall.recall,
+        "f1": None if overall is None else overall.f1,
+        "escape_rate": None if at is None else at.escape_rate,
+        "overkill_rate": None if at is None else at.overkill_rate,
+        "false_positives_per_clean_image": None if at is None else at.false_positives_per_clean_image,
+        "calibration_error": analysis.reliability.expected_calibration_error,
+    }
+    metrics |= {f"lost_AP50_{name.replace(' ', '_')}": lost for name, lost in analysis.error_types.lost_ap50.items()}
+    metrics |= {
+        f"recall_{row.size.replace(' ', '_')}": row.num_found_at_threshold / row.num_objects if row.num_objects else None
+        for row in analysis.recall_by_size
+    }
+    per_class: dict[str, dict[str, float | None]] = {
+        name: {"analysis/threshold": None if best is None else best.score, "analysis/f1": None if best is None else best.f1}
+        for name, best in analysis.operating_point.per_class.items()
+    }
+    return Score({f"analysis/{name}": value for name, value in metrics.items()}, per_class, {})

@@ -13,6 +13,9 @@ SIZES_PX: dict[str, tuple[float, float]] = {
     "64 px and more": (64, float("inf")),
 }  # fmt: skip
 
+# For pictures of a split on which no threshold is best.
+UNKNOWN_THRESHOLD = 0.3
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -33,6 +36,11 @@ class OperatingPoint:
 
     overall: Threshold | None
     per_class: dict[str, Threshold | None]
+
+    @property
+    def shown_score(self) -> float:
+        """The score from which detections count in pictures."""
+        return UNKNOWN_THRESHOLD if self.overall is None else self.overall.score
 
 
 @dataclass(frozen=True)

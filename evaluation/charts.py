@@ -39,7 +39,7 @@ class Column(NamedTuple):
 
 
 def pr_curves(precision_at_50: Mapping[str, NDArray[np.float64]]) -> str:
-    """Precision over recall at IoU .50 by class, and their mean in black; as `CocoScore.precision_at_50`.
+    """Precision over recall at IoU .50 by class, and their mean in black; as `Score.precision_at_50`.
 
     Of more than MAX_NAMED_CURVES classes the lowest ones are named, as many as there are colours; the others are grey.
     """

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from numbers import Real
+from reprlib import repr
 from typing import Any, TypedDict
 
 import numpy as np
 
-_MAX_LISTED = 20
+MAX_LISTED = 20
+# Of a coordinate: areas stay finite. As in `data.coco`.
+MAX_NUMBER = 1e12
 
 
 class BadDetections(ValueError):
@@ -46,7 +48,7 @@ def check_ground_truth(ground_truth: Mapping[str, Any]) -> None:
     if not _are_sound(ground_truth["annotations"], ground_truth):
         problems += _problems("annotation", ground_truth["annotations"], ground_truth)
     if problems:
-        raise BadGroundTruth(_listed(problems))
+        raise BadGroundTruth(listed(problems, len(problems)))
 
 
 def check_detections(detections: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> None:
@@ -55,12 +57,12 @@ def check_detections(detections: Sequence[Mapping[str, Any]], ground_truth: Mapp
         return
     problems = _problems("detection", detections, ground_truth)
     problems += [
-        f"detection {row}: score {detection.get('score')!r} is outside 0..1"
+        f"detection {row}: score {repr(detection.get('score'))} is outside 0..1"
         for row, detection in enumerate(detections)
         if not _is_finite(detection.get("score")) or not 0.0 <= detection["score"] <= 1.0
     ]
     if problems:
-        raise BadDetections(_listed(problems))
+        raise BadDetections(listed(problems, len(problems)))
 
 
 def _are_sound(boxes: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> bool:
@@ -76,7 +78,7 @@ def _are_sound(boxes: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, An
         return False
     if not known or xywh.dtype.kind not in "iuf" or xywh.ndim != 2 or xywh.shape[1] != 4:
         return False
-    return bool(np.isfinite(xywh).all() and (xywh[:, 2:] > 0).all())
+    return bool((np.abs(xywh) <= MAX_NUMBER).all() and (xywh[:, 2:] > 0).all())
 
 
 def _are_scores(values: Sequence[object]) -> bool:
@@ -92,25 +94,35 @@ def _problems(what: str, boxes: Sequence[Mapping[str, Any]], ground_truth: Mappi
     category_ids = {category["id"] for category in ground_truth["categories"]}
     problems = []
     for row, box in enumerate(boxes):
-        if box.get("image_id") not in image_ids:
-            problems.append(f"{what} {row}: image_id {box.get('image_id')!r} is not in the ground truth")
-        if box.get("category_id") not in category_ids:
+        if not _is_one_of(box.get("image_id"), image_ids):
+            problems.append(f"{what} {row}: image_id {repr(box.get('image_id'))} is not in the ground truth")
+        if not _is_one_of(box.get("category_id"), category_ids):
             problems.append(
-                f"{what} {row}: category_id {box.get('category_id')!r} is not one of {sorted(category_ids)}; "
+                f"{what} {row}: category_id {repr(box.get('category_id'))} is not one of {sorted(category_ids)}; "
                 "it is the label (from 0) plus 1"
             )
         xywh = box.get("bbox", ())
-        if len(xywh) != 4 or not all(map(_is_finite, xywh)):
-            problems.append(f"{what} {row}: bbox {list(xywh)} must be four finite numbers x, y, w, h")
+        if not _are_four_numbers(xywh):
+            problems.append(f"{what} {row}: bbox {repr(xywh)} must be four finite numbers x, y, w, h")
         elif xywh[2] <= 0 or xywh[3] <= 0:
             problems.append(f"{what} {row}: bbox {list(xywh)} must have w > 0 and h > 0")
     return problems
 
 
+def _is_one_of(value: object, known: Set[object]) -> bool:
+    return isinstance(value, Hashable) and value in known
+
+
+def _are_four_numbers(value: Any) -> bool:
+    return hasattr(value, "__len__") and len(value) == 4 and all(map(_is_finite, value))
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    # Not math.isfinite: it fails on integers that no float holds.
+    return isinstance(value, Real) and bool(abs(value) <= MAX_NUMBER)  # type: ignore[operator]
 
 
-def _listed(problems: Sequence[str]) -> str:
-    more = f"\n  ... and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-    return f"{len(problems)} problem(s):\n  " + "\n  ".join(problems[:_MAX_LISTED]) + more
+def listed(problems: Sequence[str], num_problems: int) -> str:
+    """Return the first MAX_LISTED problems, one a line, with how many there are; `problems` may hold these alone."""
+    more = f"\n  ... and {num_problems - MAX_LISTED} more" if num_problems > MAX_LISTED else ""
+    return f"{num_problems} problem(s):\n  " + "\n  ".join(problems[:MAX_LISTED]) + more

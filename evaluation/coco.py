@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from evaluation.ignore import IgnoreRule, in_ignore_regions
 from evaluation.matching import ranks
 from evaluation.outcomes import Areas, Curves, curves_of, outcomes_of
+from evaluation.score import Score
 from evaluation.tables import DetectionTable, Tables, TruthTable, tabulate
 
 # redirect_stdout swaps a global: two threads inside it at once would leave the process silenced for good.
@@ -58,20 +59,6 @@ def aitod_rules() -> CocoRules:
     return CocoRules("aitod", areas, (1, 100, 1500))
 
 
-class CocoScore(NamedTuple):
-    """Score of one set of detections; None where there is no ground truth to score against.
-
-    `metrics` by name (`coco/AP`); `per_class` by class name, then metric (`coco/AP`, `coco/AP50`, `coco/AR`,
-    `num_ground_truths`); `counts` as in `score`; `precision_at_50` by name of each class with ground truth: precision
-    at `RECALL_POINTS` and IoU .50, float64 (101,).
-    """
-
-    metrics: dict[str, float | None]
-    per_class: dict[str, dict[str, float | None]]
-    counts: dict[str, int]
-    precision_at_50: dict[str, NDArray[np.float64]]
-
-
 def score(
     ground_truth: Mapping[str, Any],
     detections: Sequence[Mapping[str, Any]],
@@ -79,7 +66,7 @@ def score(
     max_dets: int = 100,
     ignore_rule: IgnoreRule,
     by_pycocotools: bool = True,
-) -> CocoScore:
+) -> Score:
     """COCO metrics of COCO dicts, see `score_tables`.
 
     Raises:
@@ -95,9 +82,7 @@ def score(
     )
 
 
-def score_tables(
-    tables: Tables, rules: CocoRules, *, ignore_rule: IgnoreRule, by_pycocotools: bool = True
-) -> CocoScore:
+def score_tables(tables: Tables, rules: CocoRules, *, ignore_rule: IgnoreRule, by_pycocotools: bool = True) -> Score:
     """Metrics over **all** images, also those without detections or objects.
 
     Under `covered-half` a ground truth or detection with at least half of its own area in the union of its image's
@@ -185,7 +170,7 @@ def _read(
     class_names: Sequence[str],
     num_by_class: NDArray[np.int64],
     counts: dict[str, int],
-) -> CocoScore:
+) -> Score:
     precision, recall = curves
     prefix, sizes = rules.prefix, list(enumerate(rules.areas))[1:]
     metrics = {
@@ -206,7 +191,7 @@ def _read(
         for label, name in enumerate(class_names)
     }
     at_50 = {name: precision[0, :, label, 0] for label, name in enumerate(class_names) if num_by_class[label]}
-    return CocoScore(metrics, per_class, counts, at_50)
+    return Score(metrics, per_class, counts, at_50)
 
 
 def mean_of_known(values: NDArray[np.float64]) -> float | None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from data.loader import Batch
 from data.statistics import AITOD_SIDES_PX, COCO_SIDES_PX
 from data.tiled_pictures import PictureTile
+from evaluation.ignore import IgnoreRule
+from evaluation.matching import match
 from models.boxes import points_in_boxes
 from models.interface import Detector
 
@@ -227,6 +229,26 @@ def foreground_report(
         points={name: [(x, y) for x, y in scores[part].tolist()] for name, part in by_outcome.items()},
         num_points_left_out=len(chosen) - len(drawn),
         num_not_scored=len(best) - len(chosen),
+    )
+
+
+def foreground_of_matches(
+    rows: Iterable[ObjectScore],
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    *,
+    ignore_rule: IgnoreRule,
+    score_threshold: float,
+) -> ForegroundReport:
+    """The report for what detections of at least `score_threshold` find and miss at IoU .50; see `foreground_report`."""
+    annotations = ground_truth["annotations"]
+    matches = match(ground_truth, detections, ignore_rule=ignore_rule, score_threshold=score_threshold)
+    return foreground_report(
+        rows,
+        annotations,
+        missed={annotations[row]["id"] for image in matches for row in image.misses},
+        found={annotations[row]["id"] for image in matches for row, _ in image.hits},
+        score_threshold=score_threshold,
     )
 
 

@@ -25,7 +25,7 @@ _MAX_NAMED_CLASSES = 28
 def pr_plot(precision_at_50: Mapping[str, NDArray[np.float64]], path: Path) -> None:
     """Write precision over recall at IoU .50 as PNG: a line per class, best first, and their mean in black.
 
-    `precision_at_50` is that of `evaluation.coco.CocoScore`: by class name, float64 (101,).
+    `precision_at_50` is that of `evaluation.score.Score`: by class name, float64 (101,).
     """
     from matplotlib.figure import Figure
 

@@ -16,8 +16,6 @@ from evaluation.matching import match
 from evaluation.report_sections import UNKNOWN, SplitReport, analysis_sections, count, number
 
 STYLE = Path(__file__).parent / "report_page.css"
-# Without ground truth no threshold is best; pictures then show what `predictions_page` shows.
-FALLBACK_THRESHOLD = 0.3
 _SHOWN_PX = 800
 _OPTIONS = {
     "score_threshold": "detections are kept from a score of",
@@ -78,12 +76,6 @@ def write_report(
     path.write_text(document(title, header, sections, STYLE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def threshold_of(analysis: Analysis) -> float:
-    """The score from which detections count in pictures."""
-    overall = analysis.operating_point.overall
-    return FALLBACK_THRESHOLD if overall is None else overall.score
-
-
 def _numbers(splits: Sequence[SplitReport], speed: Mapping[str, float] | None) -> str:
     last = splits[-1].result
     names = [*dict.fromkeys(name for split in splits for name in split.result.metrics)]
@@ -126,7 +118,7 @@ def _extra(extra: ExtraPicture) -> str:
 
 
 def _pictures(split: SplitReport, images_folder: Path, num_images: int) -> str:
-    threshold = threshold_of(split.analysis)
+    threshold = split.analysis.operating_point.shown_score
     annotations = split.ground_truth["annotations"]
     names = class_names(split.ground_truth)
     images = {image["id"]: image for image in split.ground_truth["images"]}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.tiling import TileGrid
 
 if TYPE_CHECKING:
-    from evaluation.coco import CocoScore
+    from evaluation.score import Score
 
 _parsing = threading.Lock()
 _DRAWING = (
@@ -53,8 +53,8 @@ class ScoreOptions(_Record):
 class ScoreResult(_Record):
     """Score of one run's detections on one split; None where there was no ground truth to score against.
 
-    `metrics` by name, which carries the protocol (`coco/AP_small`): COCO's, and those of `protocol`, the dataset's own;
-    `per_class` by class name, then metric. Two results with the same `score_key`, dataset version and split compare.
+    `metrics` by name, which carries the protocol (`coco/AP_small`): COCO's, those of `protocol`, the dataset's own, and
+    the headlines of `evaluation.analysis`; `per_class` by class name, then metric. Two results with the same `score_key`, dataset version and split compare.
     """
 
     schema_version: Literal[1] = 1
@@ -71,16 +71,17 @@ class ScoreResult(_Record):
 
     @model_validator(mode="after")
     def _names_carry_protocol(self) -> ScoreResult:
-        prefixes = ("coco/", f"{self.protocol}/")
+        prefixes = ("coco/", f"{self.protocol}/", "analysis/")
         strangers = [name for name in self.metrics if not name.startswith(prefixes)]
         if strangers:
             raise ValueError(f"metric names must start with one of {prefixes}, got {strangers}")
         return self
 
 
-def coco_result(
-    scored: CocoScore,
+def score_result(
+    scored: Score,
     *,
+    protocol: str,
     run_key: str,
     dataset_name: str,
     dataset_version: str,
@@ -88,11 +89,11 @@ def coco_result(
     options: ScoreOptions,
     detection_counts: Mapping[str, int],
 ) -> ScoreResult:
-    """The record of a COCO score; `detection_counts` (what `detect` left out) join the score's own counts."""
+    """The record of a score; `protocol`: the dataset's own. `detection_counts` (what `detect` left out) join its counts."""
     return ScoreResult(
         run_key=run_key,
-        score_key=score_key("coco", options),
-        protocol="coco",
+        score_key=score_key(protocol, options),
+        protocol=protocol,
         dataset_name=dataset_name,
         dataset_version=dataset_version,
         split=split,

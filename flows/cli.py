@@ -13,6 +13,7 @@ import typer
 from flows.data_commands import data_app
 from flows.evaluate_command import evaluate
 from flows.output import JsonOption, print_json
+from flows.score_command import score
 
 if TYPE_CHECKING:
     from flows.report import Report
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command()(score)
 
 SpecOption = Annotated[str, typer.Option("--spec", help="Experiment: a name in flows/runs/ or a YAML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change one value: key.path=value. May be repeated.")]

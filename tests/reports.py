@@ -25,7 +25,7 @@ from evaluation.analysis_records import (
 )
 from evaluation.coco import score
 from evaluation.report_sections import SplitReport
-from evaluation.result import ScoreOptions, coco_result
+from evaluation.result import ScoreOptions, score_result
 
 OPTIONS = ScoreOptions(
     score_threshold=0.01, nms_iou=0.65, max_detections=300, max_candidates=1000, input_size_px=640, precision="fp32",
@@ -89,7 +89,7 @@ def split_report(
 ) -> SplitReport:
     """The score of the detections, with the analysis above."""
     scored = score(ground_truth, detections, ignore_rule=OPTIONS.ignore_rule)
-    result = coco_result(
+    result = score_result(
         scored, run_key="0123456789ab", dataset_name=dataset, dataset_version="v1", split=split, options=OPTIONS,
         detection_counts={},
     )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from data.sampler import GlobalBatchSampler
 from models.interface import Targets
 from training.meter import Meter, Progress
 from training.optimizer import learning_rate_at, set_learning_rate
-from training.scoring import Scored, score_split
+from training.scoring import Scored, score_split, validate
 from training.spec import RunSpec
 from training.state import TrainingState, WarmStart, build_state, restore, save, set_training_mode, warm_start
 from training.workers import Workers
@@ -81,7 +81,7 @@ def train(
     parallel = DistributedDataParallel(state.model) if workers.world_size > 1 else state.model
     dataset, sampler, loader = _training_data(spec, dataset_folder, workers, cache_folder)
     validation: Scored | None = None
-    validated_epoch = -1
+    is_validated = False
     while state.epoch < spec.training.epochs:
         started = time.monotonic()
         closing = state.epoch >= spec.training.epochs - spec.training.closing_epochs
@@ -99,16 +99,20 @@ def train(
             hooks.skipped(skipped)
         metrics["train/images_per_s"] = len(loader) * spec.training.batch_size / metrics["time/train_s"]
         state.epoch += 1
-        if state.epoch % spec.training.validate_every_epochs == 0 or state.epoch == spec.training.epochs:
-            validating = time.monotonic()
-            validation = score_split(spec, state.average.module, dataset_folder, "val", workers, cache_folder)
-            validated_epoch = state.epoch
-            if validation is not None:
-                scores = validation.result.metrics
-                metrics |= {f"val/{name}": value for name, value in scores.items() if value is not None}
+        is_last = state.epoch == spec.training.epochs
+        if is_last or state.epoch % spec.training.validate_every_epochs == 0:
+            validating, average = time.monotonic(), state.average.module
+            scores: Mapping[str, float | None] = {}
+            if is_last:
+                # What is reported in the end is looked at once, and in full.
+                validation, is_validated = score_split(spec, average, dataset_folder, "val", workers, cache_folder), True
+                scores = {} if validation is None else validation.result.metrics
+            else:
+                scores = validate(spec, average, dataset_folder, workers, cache_folder)
+            metrics |= {f"val/{name}": value for name, value in scores.items() if value is not None}
             metrics["time/validate_s"] = time.monotonic() - validating
         hooks.report(metrics, state.step, state.epoch, partial(save, spec, state))
-    if validated_epoch != state.epoch:
+    if not is_validated:
         validation = score_split(spec, state.average.module, dataset_folder, "val", workers, cache_folder)
     return state, validation
 

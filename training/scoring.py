@@ -1,14 +1,15 @@
-"""Scoring a model on one split with all workers, and the files a finished run leaves behind."""
+"""Scoring a model on one split with all workers: detections, their score and what is behind it."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,22 +19,22 @@ from data.loader import DetectionDataset
 from data.sampler import scoring_batches
 from data.tiled_pictures import TiledPictures
 from data.tiling import TileGrid
-from evaluation.coco import CocoScore, score
-from evaluation.contact_sheet import predictions_page
+from evaluation.analysis import analyse, headline
+from evaluation.analysis_records import Analysis, OperatingPoint
+from evaluation.coco import score
 from evaluation.detector import Detected, detect
-from evaluation.plots import pr_plot, training_curves
-from evaluation.result import ScoreOptions, ScoreResult, coco_result
+from evaluation.foreground import ForegroundObserver, ForegroundReport, foreground_of_matches
+from evaluation.protocols import score_by
+from evaluation.result import ScoreOptions, ScoreResult, score_result
+from evaluation.score import joined, with_counts_named
+from evaluation.tables import tabulate
 from evaluation.tiles import merge_tiles
 from models.interface import Detector, PostprocessConfig
-from training.checkpoint import save_tensors, write_json
-from training.records import read_journal
 from training.spec import RunSpec
 from training.state import UnfitWeights, build_model
 from training.workers import Workers
 
 Split = Literal["train", "val", "test"]
-# Pictures show what a user would act on; scores count everything above ScoringSpec.score_threshold.
-SHOWN_SCORE = 0.3
 # Images of a forward pass. Fixed: another batch size may round otherwise, in bf16 above all.
 SCORING_BATCH = 8
 # Of a scoring job: what its folder holds, and what starts a worker's word of how many inputs it has done.
@@ -46,12 +47,17 @@ class MiscountedImages(RuntimeError):
 
 
 class Scored(NamedTuple):
-    """A split's score with what it was computed from: ground truth and detections in COCO form."""
+    """A split's score with what it was computed from, ground truth and detections in COCO form, and what is behind it.
+
+    `precision_at_50`: see `evaluation.score.Score`.
+    """
 
     result: ScoreResult
-    curves: CocoScore
+    precision_at_50: Mapping[str, NDArray[np.float64]]
     ground_truth: dict[str, Any]
     detections: list[dict[str, Any]]
+    analysis: Analysis
+    foreground: ForegroundReport
 
 
 class ScoringOrder(BaseModel):
@@ -76,15 +82,45 @@ def score_split(
     split: Split,
     workers: Workers,
     cache_folder: Path | None = None,
+    *,
+    operating_point: OperatingPoint | None = None,
 ) -> Scored | None:
     """Score `model` on `split`; every rank detects its share of the images. The result is on rank 0, None elsewhere.
 
-    Decoded pictures are kept in `cache_folder`, when given, for the next time.
+    Decoded pictures are kept in `cache_folder`, when given, for the next time. `operating_point`: as in `analyse`.
 
     Raises: see `detect_split`.
     """
-    detected = detect_split(spec, model, split_inputs(spec, dataset_folder, split, cache_folder), workers)
-    return None if detected is None else score_detections(spec, dataset_folder, split, detected)
+    ground_truth = read_ground_truth(dataset_folder, split)
+    inputs = split_inputs(spec, dataset_folder, split, cache_folder)
+    detected = detect_split(spec, model, inputs, workers, ground_truth=ground_truth)
+    return None if detected is None else score_detections(spec, ground_truth, split, detected, operating_point)
+
+
+def validate(
+    spec: RunSpec, model: nn.Module, dataset_folder: Path, workers: Workers, cache_folder: Path | None = None
+) -> dict[str, float | None]:
+    """COCO's metrics on the val split on rank 0, nothing elsewhere: as `score_split` gives them, many times as fast.
+
+    Raises: see `detect_split`.
+    """
+    detected = detect_split(spec, model, split_inputs(spec, dataset_folder, "val", cache_folder), workers)
+    if detected is None:
+        return {}
+    options = score_options(spec)
+    return score(
+        read_ground_truth(dataset_folder, "val"),
+        detected.detections,
+        max_dets=options.max_dets,
+        ignore_rule=options.ignore_rule,
+        by_pycocotools=False,
+    ).metrics
+
+
+def read_ground_truth(dataset_folder: Path, split: Split) -> dict[str, Any]:
+    """A prepared split's COCO dict."""
+    content: dict[str, Any] = json.loads((dataset_folder / "annotations" / f"{split}.json").read_bytes())
+    return content
 
 
 def split_inputs(
@@ -115,11 +151,14 @@ def detect_split(
     inputs: DetectionDataset | TiledPictures,
     workers: Workers,
     progress: Callable[[int], None] = lambda _: None,
+    *,
+    ground_truth: Mapping[str, Any] | None = None,
 ) -> Detected | None:
     """Detections in pixels of the pictures, by picture and descending score, on rank 0; None elsewhere.
 
     The same for any number of workers, to the last bit: see `scoring_batches`. `progress` is told how many inputs of
-    this rank are done, after each batch.
+    this rank are done, after each batch. With `ground_truth` the result tells of its objects' scores, see
+    `ForegroundObserver`.
 
     Raises:
         UndecodableImage: an image is damaged; a score over the others would be another score.
@@ -128,23 +167,30 @@ def detect_split(
     batches = scoring_batches(len(inputs), batch_size=SCORING_BATCH, rank=workers.rank, world_size=workers.world_size)
     loader: DataLoader[Any] = DataLoader(inputs, batch_sampler=batches, collate_fn=collate)
     seen: list[int] = []
+    tiles = inputs.tiles if isinstance(inputs, TiledPictures) else None
+    detector = cast(Detector, model)
     detected = detect(
-        cast(Detector, model),
+        detector,
         _followed(loader, seen, progress),
         postprocess_config(spec),
         device=workers.device,
         bf16=spec.training.precision == "bf16",
         flip=spec.scoring.flip,
+        observer=None if ground_truth is None else ForegroundObserver(detector, ground_truth, tiles),
     )
     gathered = workers.gather((detected, seen))
     if gathered is None:
         return None
     numbers = [number for _, part in gathered for number in part]
     counts = {name: sum(part.counts[name] for part, _ in gathered) for name in detected.counts}
-    found = Detected([detection for part, _ in gathered for detection in part.detections], counts)
-    if isinstance(inputs, TiledPictures):
+    found = Detected(
+        [detection for part, _ in gathered for detection in part.detections],
+        counts,
+        [row for part, _ in gathered for row in part.object_scores],
+    )
+    if tiles is not None:
         require_each_once("tile", range(len(inputs)), numbers)
-        return merge_tiles(found, inputs.tiles, max_detections=spec.scoring.max_detections)
+        return merge_tiles(found, tiles, max_detections=spec.scoring.max_detections)
     require_each_once("image", inputs.image_ids, numbers)
     return found
 
@@ -175,16 +221,34 @@ def _some(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
 
 
-def score_detections(spec: RunSpec, dataset_folder: Path, split: Split, detected: Detected) -> Scored:
-    """The score of a split's detections under the spec's rules."""
-    options = score_options(spec)
-    ground_truth = json.loads((dataset_folder / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
+def score_detections(
+    spec: RunSpec,
+    ground_truth: dict[str, Any],
+    split: Split,
+    detected: Detected,
+    operating_point: OperatingPoint | None = None,
+) -> Scored:
+    """The score of a split's detections under the spec's rules: by COCO's protocol, and by the dataset's own.
+
+    `operating_point` was chosen on val; without it this split chooses one.
+    """
+    options, protocol = score_options(spec), spec.dataset.card.protocol
     detections: list[Any] = sorted(
         detected.detections, key=lambda detection: (detection["image_id"], -detection["score"])
     )
-    curves = score(ground_truth, detections, max_dets=options.max_dets, ignore_rule=options.ignore_rule)
-    result = coco_result(
-        curves,
+    tables = tabulate(ground_truth, detections)
+    coco = score_by("coco", tables, max_dets=options.max_dets, ignore_rule=options.ignore_rule)
+    analysis = analyse(
+        tables,
+        ignore_rule=options.ignore_rule,
+        max_dets=options.max_dets,
+        operating_point=operating_point,
+        chosen_on=split if operating_point is None else "val",
+    )
+    own = () if protocol == "coco" else (with_counts_named(score_by(protocol, tables, ignore_rule=options.ignore_rule), protocol),)
+    result = score_result(
+        joined(coco, *own, headline(analysis)),
+        protocol=protocol,
         run_key=spec.run_key,
         dataset_name=spec.dataset.name,
         dataset_version=spec.dataset.version,
@@ -192,7 +256,14 @@ def score_detections(spec: RunSpec, dataset_folder: Path, split: Split, detected
         options=options,
         detection_counts=detected.counts,
     )
-    return Scored(result, curves, ground_truth, detections)
+    foreground = foreground_of_matches(
+        detected.object_scores,
+        ground_truth,
+        detections,
+        ignore_rule=options.ignore_rule,
+        score_threshold=analysis.operating_point.shown_score,
+    )
+    return Scored(result, coco.precision_at_50, ground_truth, detections, analysis, foreground)
 
 
 def postprocess_config(spec: RunSpec) -> PostprocessConfig:
@@ -243,44 +314,3 @@ def score_options(spec: RunSpec) -> ScoreOptions:
         tiling=None if tiling is None else TileGrid(size_px=tiling.size_px, overlap_px=tiling.overlap_px),
         **scoring.model_dump(exclude={"tiling", "input_size_px"}),
     )
-
-
-def write_artifacts(
-    spec: RunSpec,
-    weights: dict[str, Any],
-    scored: dict[Split, Scored],
-    seconds: dict[str, float],
-    dataset_folder: Path,
-    run_folder: Path,
-) -> None:
-    """Weights, scores, detections and pictures into `<run>/artifacts/`, all of them or none."""
-    partial = run_folder / "artifacts.partial"
-    # What a killed worker left.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_tensors(partial / "weights.safetensors", weights)
-        write_json(partial / "spec.json", spec.model_dump(mode="json"))
-        write_json(partial / "seconds.json", seconds)
-        for split, content in scored.items():
-            write_json(partial / f"score_{split}.json", content.result.model_dump(mode="json"))
-            (partial / f"detections_{split}.json").write_text(json.dumps(content.detections), encoding="utf-8")
-        test = scored["test"]
-        pr_plot(test.curves.precision_at_50, partial / "pr_curve_test.png")
-        predictions_page(
-            dataset_folder / "images",
-            test.ground_truth,
-            test.detections,
-            partial / "predictions_test.jpg",
-            ignore_rule=spec.dataset.card.ignore_rule,
-            score_threshold=SHOWN_SCORE,
-        )
-        training_curves(
-            [{"epoch": entry.epoch, **entry.metrics} for entry in read_journal(run_folder)],
-            partial / "training_curves.png",
-        )
-        artifacts = run_folder / "artifacts"
-        shutil.rmtree(artifacts, ignore_errors=True)
-        partial.rename(artifacts)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -14,11 +14,12 @@ import torch
 
 from data.image_cache import picture_folder
 from data.store import default_max_bytes, default_root, materialise
+from training.artifacts import write_artifacts
 from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.loop import Hooks, train
 from training.meter import PROGRESS_MARK, Progress
 from training.records import Attempt, complete_journal, split_finite
-from training.scoring import score_split, write_artifacts
+from training.scoring import score_split
 from training.state import WarmStart, warm_start_path
 from training.system import SystemMeter
 from training.workers import Workers
@@ -61,7 +62,9 @@ def train_worker(config: dict[str, Any]) -> None:
     state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial_weights, cache_folder)
     trained = time.monotonic()
     _say(workers, "scoring on the test split")
-    test = score_split(spec, state.average.module, dataset_folder, "test", workers)
+    # Val chooses the thresholds by which test is judged.
+    chosen = None if validation is None else validation.analysis.operating_point
+    test = score_split(spec, state.average.module, dataset_folder, "test", workers, operating_point=chosen)
     if validation is not None and test is not None:
         seconds = {"train": trained - started, "score_test": time.monotonic() - trained}
         final = state.average.module.state_dict()

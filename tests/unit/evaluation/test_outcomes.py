@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scenes import detection, ground_truth, random_set
 
-from evaluation.coco import CocoRules, CocoScore, aitod_rules, coco_rules, score_tables
+from evaluation.coco import CocoRules, aitod_rules, coco_rules, score_tables
+from evaluation.score import Score
 from evaluation.matching import NOT_MATCHED, match_greedily, overlapping, ranks
 from evaluation.tables import tabulate
 
@@ -35,7 +36,7 @@ def assert_both_ways_agree(
         np.testing.assert_allclose(fast.precision_at_50[name], curve, atol=1e-9)
 
 
-def _flat(score: CocoScore) -> dict[str, float | None]:
+def _flat(score: Score) -> dict[str, float | None]:
     return score.metrics | {
         f"{label}/{name}": value for label, row in score.per_class.items() for name, value in row.items()
     }

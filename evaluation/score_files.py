@@ -1,0 +1,159 @@
+"""Ground truth and detections that anybody made, as `Tables`: COCO JSON, or text files of VisDrone or UAVDT."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.coco import is_side
+from evaluation.coco_files import read_coco, read_json
+from evaluation.file_problems import Problems
+from evaluation.tables import Tables
+from evaluation.text_files import read_uavdt, read_visdrone, uavdt_ground_truth, visdrone_annotations
+from evaluation.uavdt import NO_CLASS
+from evaluation.visdrone import NOT_SCORED
+
+_LOOKED_FOR = (
+    "a COCO JSON file; a folder of VisDrone's annotations/*.txt, or that one; a folder of UAVDT's *_gt_whole.txt, or "
+    "one with these in GT/"
+)
+# Boxes stick out of their image by less, and read the wrong way most by more.
+_BEYOND = 1.1
+
+
+class ScoreFiles(NamedTuple):
+    """What was read, how many rows of it were left out, by reason, and what else one must know to trust a score."""
+
+    tables: Tables
+    counts: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *, with_others: bool) -> ScoreFiles:
+    """Read both in the format that the ground truth has.
+
+    `image_sizes`: JSON, `{name: [width, height]}`, for images whose size the files do not say; the name is that of the
+    picture without folder and suffix, in UAVDT that of the sequence. Category 11 of VisDrone, `others`, stays in
+    `with_others`; else its rows are left out and counted.
+
+    Raises:
+        BadFiles: all that is wrong, with file and line or index: no known format; rows that are not numbers or too
+            short; unknown image, sequence or class; boxes without size, or corners instead of x, y, w, h; scores
+            outside 0..1; a file that is missing, or one too many; ids that repeat.
+    """
+    problems = Problems()
+    sizes_px = _sizes(image_sizes, problems) if image_sizes else {}
+    is_coco, is_folder = ground_truth.is_file(), ground_truth.is_dir()
+    whole = uavdt_ground_truth(ground_truth) if is_folder else None
+    annotations = visdrone_annotations(ground_truth) if is_folder and whole is None else None
+    if not is_coco and annotations is None and whole is None:
+        what = "holds no ground truth" if is_folder else "is neither a file nor a folder"
+        problems.add(ground_truth, f"{what}; known are {_LOOKED_FOR}")
+    elif not (detections.is_file() if is_coco else detections.is_dir()):
+        what = "file" if is_coco else "folder"
+        rule = f"there is no such {what}; the ground truth is a {what}, so the detections are one of the same format"
+        problems.add(detections, rule)
+    problems.check()
+    if annotations is not None:
+        tables = read_visdrone(annotations, detections, problems)
+    elif whole is not None:
+        tables = read_uavdt(whole, detections, problems)
+    else:
+        tables = read_coco(ground_truth, detections, problems)
+    tables = _with_sizes(tables, sizes_px, is_by_folder=whole is not None)
+    _require_xywh(tables, ground_truth, detections, problems)
+    problems.check()
+    notes = _notes(tables, are_frames=whole is not None)
+    if is_coco or with_others:
+        return ScoreFiles(tables, {}, notes)
+    tables, counts = _without_others(tables)
+    return ScoreFiles(tables, counts, notes)
+
+
+def _sizes(path: Path, problems: Problems) -> dict[str, list[int]]:
+    sizes_px = read_json(path, problems)
+    if sizes_px is not None and not isinstance(sizes_px, dict):
+        problems.add(path, "image sizes are an object of names with [width, height]")
+    if not isinstance(sizes_px, dict):
+        return {}
+    for name, size in sizes_px.items():
+        if not isinstance(size, list) or len(size) != 2 or not all(is_side(side) for side in size):
+            problems.add(path, f"{name!r}: a size is [width, height] in whole pixels")
+    return sizes_px
+
+
+def _with_sizes(tables: Tables, sizes_px: dict[str, list[int]], *, is_by_folder: bool) -> Tables:
+    known = tables.image_sizes_px.copy()
+    for image, name in enumerate(map(PurePosixPath, tables.file_names)):
+        key = name.parent.name if is_by_folder else name.stem
+        if not known[image].all() and key in sizes_px:
+            known[image] = sizes_px[key]
+    return tables._replace(image_sizes_px=known)
+
+
+def _require_xywh(tables: Tables, ground_truth: Path, detections: Path, problems: Problems) -> None:
+    """Tell boxes that are given as corners: most reach beyond their image, and lie in it when read that way.
+
+    Where an image's size is not known, it is as large as the ground truth of all images reaches.
+    """
+    truths = tables.truths.boxes_xywh_px
+    reach = (truths[:, :2] + truths[:, 2:]).max(axis=0, initial=0)
+    sizes_px = np.where(tables.image_sizes_px > 0, tables.image_sizes_px, reach)
+    for path, table in ((ground_truth, tables.truths), (detections, tables.detections)):
+        share = _share_of_corners(table.boxes_xywh_px, sizes_px[table.image])
+        if share > 0.5:
+            rule = f"{share:.0%} of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2"
+            problems.add(path, f"{rule}; write the width and height instead of x2, y2")
+
+
+def _share_of_corners(boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64]) -> float:
+    first, second, limit = boxes_px[:, :2], boxes_px[:, 2:], _BEYOND * sizes_px
+    is_beyond = (first + second > limit).any(axis=1)
+    are_corners = ((second > first) & (second <= limit)).all(axis=1)
+    return float((is_beyond & are_corners).mean()) if len(boxes_px) else 0.0
+
+
+def _notes(tables: Tables, *, are_frames: bool) -> tuple[str, ...]:
+    notes = []
+    without_size = np.flatnonzero((tables.truths.boxes_xywh_px[:, 2:] <= 0).any(axis=1))
+    if len(without_size):
+        name = tables.file_names[tables.truths.image[without_size[0]]]
+        notes.append(
+            f"{len(without_size)} objects have no width or no height, the first in {name}: "
+            "as in the official toolkits they stay, and nothing can find them"
+        )
+    if (tables.detections.label == NO_CLASS).any():
+        notes.append("the detections have no class (column 9 is -1): class-aware numbers are left out")
+    has_truth = np.isin(np.arange(len(tables.image_ids)), tables.truths.image)
+    has_truth |= np.array([len(regions) > 0 for regions in tables.ignore_regions_xywh_px], bool)
+    num_alone = int((~has_truth[tables.detections.image]).sum())
+    if are_frames and num_alone:
+        notes.append(
+            f"{num_alone} detections are in frames that have no row of ground truth, and count as false positives: "
+            "see that both number the frames alike"
+        )
+    return tuple(notes)
+
+
+def _without_others(tables: Tables) -> tuple[Tables, dict[str, int]]:
+    if NOT_SCORED not in tables.class_names:
+        return tables, {}
+    others = tables.class_names.index(NOT_SCORED)
+    truths = tables.truths.take(tables.truths.label != others)
+    found = tables.detections.take(tables.detections.label != others)
+    counts = {
+        "num_others_ground_truths": len(tables.truths.label) - len(truths.label),
+        "num_others_detections": len(tables.detections.label) - len(found.label),
+    }
+    return (
+        tables._replace(
+            truths=truths,
+            detections=found,
+            class_ids=tables.class_ids[:others],
+            class_names=tables.class_names[:others],
+        ),
+        counts,
+    )

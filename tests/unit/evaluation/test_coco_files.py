@@ -1,0 +1,140 @@
+"""COCO JSON that anybody made: what is wrong with it, by file and index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.coco import score
+from evaluation.file_problems import BadFiles
+from evaluation.protocols import score_by
+from evaluation.score_files import ScoreFiles, read_files
+
+DETECTION: dict[str, Any] = {"image_id": 7, "category_id": 1, "bbox": [10, 10, 8, 8], "score": 0.5}
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return {
+        "images": [{"id": 7, "file_name": "a/left.jpg", "width": 100, "height": 80}],
+        "categories": [{"id": 1, "name": "car"}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [10, 10, 8, 8]}],
+        **changes,
+    }
+
+
+def read_json(folder: Path, truth: Any, found: Any, sizes: Any = None) -> ScoreFiles:
+    """Values are written as JSON, texts as they are."""
+    paths = []
+    for name, value in (("truth.json", truth), ("found.json", found), ("sizes.json", sizes)):
+        (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+        paths.append(folder / name)
+    return read_files(paths[0], paths[1], None if sizes is None else paths[2], with_others=False)
+
+
+def message(folder: Path, truth: Any, found: Any, sizes: Any = None) -> str:
+    with pytest.raises(BadFiles) as caught:
+        read_json(folder, truth, found, sizes)
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "expected"),
+    [
+        ("", [], "truth.json: the file is empty (0 bytes)"),
+        (document(), "", "found.json: the file is empty (0 bytes); a file without entries says []"),
+        (document(), "null", "found.json: the file is empty (4 bytes)"),
+        (document(), '[\n{"a": }]', "found.json:2:7: not JSON: Expecting value"),
+        (document(), "[" * 100_000, "found.json: not JSON that can be read: maximum recursion depth exceeded"),
+        (document(), "[1" + "0" * 5000 + "]", "found.json: not JSON that can be read: Exceeds the limit"),
+        (document(), {"a": 1}, "found.json: a COCO results file is a list of objects with image_id, category_id, bbox"),
+        (document(), [3], "found.json: a COCO results file is a list of objects"),
+        ([], [], "truth.json: a COCO annotation file is an object with lists of objects in images, annotations, categ"),
+        (document(images=[3]), [], "truth.json: a COCO annotation file is an object with lists of objects"),
+        (document(images=[{"id": "7"}]), [], "truth.json: images[0]: 'id' must be a whole number, found '7'"),
+        (document(images=[{}]), [], "truth.json: images[0]: 'id' must be a whole number, found None"),
+        (document(images=[{"id": 7}] * 2), [], "truth.json: 1 problem(s):\n  image id 7 occurs 2 times"),
+        (document(images=[{"id": 7, "width": "5", "height": 5}]), [], "images[0]: 'width' and 'height' must be whole"),
+        (
+            document(images=[{"id": 7, "width": 5}]),
+            [],
+            "images[0]: 'width' and 'height' must be whole numbers of pixels",
+        ),
+        (document(images=[{"id": 7, "file_name": 5}]), [], "images[0]: 'file_name' must be text, found 5"),
+        (document(images=[{"id": 7, "ignore_regions_xywh": [1]}]), [], "images[0]: 'ignore_regions_xywh' must list"),
+        (
+            document(categories=[{"id": 1, "name": "\ud800"}]),
+            [],
+            "categories[0]: 'name' must be text that can be print",
+        ),
+        (document(annotations=document()["annotations"] * 3), [], "truth.json: annotation id 1 occurs 3 times"),
+        (document(annotations=[{"id": 10**30}]), [], "annotations[0]: 'id' must be a whole number, found 10000"),
+        (document(annotations=[{"area": None}]), [], "annotations[0]: 'area' must be a number of square pixels"),
+        (document(annotations=[{"iscrowd": 3}]), [], "annotations[0]: 'iscrowd' must be 0 or 1, found 3"),
+        (document(annotations=[{}]), [], "truth.json: 3 problem(s):\n  annotation 0: image_id None is not in the"),
+        (document(), [{**DETECTION, "image_id": 8}], "found.json: 1 problem(s):\n  detection 0: image_id 8 is not in"),
+        (document(), [{**DETECTION, "image_id": [8]}], "detection 0: image_id [8] is not in the ground truth"),
+        (document(), [{**DETECTION, "category_id": 2}], "detection 0: category_id 2 is not one of [1]"),
+        (document(), [{**DETECTION, "bbox": None}], "detection 0: bbox None must be four finite numbers x, y, w, h"),
+        (document(), [{**DETECTION, "bbox": [10**400, 1, 1, 1.5]}], "must be four finite numbers x, y, w, h"),
+        (document(), [{**DETECTION, "bbox": [1, 1, 1e200, 1]}], "must be four finite numbers x, y, w, h"),
+        (document(), [{**DETECTION, "score": 10**400}], "is outside 0..1"),
+        (document(), [DETECTION, {**DETECTION, "score": 1.5}], "detection 1: score 1.5 is outside 0..1"),
+        (
+            document(),
+            '[{"image_id": 7, "category_id": 1, "bbox": [1, 1, NaN, 1], "score": 1}]',
+            "0: bbox [1, 1, nan, 1]",
+        ),
+    ],
+)
+def test_bad_json_is_named(tmp_path: Path, truth: Any, found: Any, expected: str) -> None:
+    assert expected in message(tmp_path, truth, found)
+
+
+def test_problems_of_both_files_come_together(tmp_path: Path) -> None:
+    bad = document(annotations=[{"image_id": 9, "category_id": 1, "bbox": [1, 1, 1, 1]}])
+    both = message(tmp_path, bad, [{**DETECTION, "score": 2}])
+    assert "truth.json: 1 problem(s):\n  annotation 0: image_id 9" in both
+    assert "found.json: 1 problem(s):\n  detection 0: score 2" in both
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([], "sizes.json: image sizes are an object of names with [width, height]"),
+        ({"left": [1]}, "sizes.json: 'left': a size is [width, height] in whole pixels"),
+        ({"left": [0, 5]}, "a size is [width, height] in whole pixels"),
+        ({"left": ["a", 5]}, "a size is [width, height] in whole pixels"),
+        ("", "sizes.json: the file is empty"),
+    ],
+)
+def test_bad_image_sizes_are_named(tmp_path: Path, sizes: Any, expected: str) -> None:
+    assert expected in message(tmp_path, document(), [], sizes)
+
+
+def test_corners_instead_of_width_and_height_are_told(tmp_path: Path) -> None:
+    corners = [{**DETECTION, "bbox": [x, 60, x + 8, 70]} for x in (5, 30, 50, 90)]
+    rule = "100% of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2; write the width and"
+    assert f"found.json: {rule}" in message(tmp_path, document(), corners)
+    annotations = [{**row, "id": number} for number, row in enumerate(corners)]
+    assert f"truth.json: {rule}" in message(tmp_path, document(annotations=annotations), [DETECTION])
+    # Half of them, or boxes that only stick out, are no sign of it.
+    read_json(tmp_path, document(), [*corners, *[DETECTION] * 4])
+    read_json(tmp_path, document(), [{**DETECTION, "bbox": [2, 2, 104, 84]}])
+
+
+def test_coco_files_score_as_the_dicts_do(tmp_path: Path) -> None:
+    files = read_json(tmp_path, document(), [DETECTION], {"left": [5, 5]})
+    assert files.tables.image_sizes_px.tolist() == [[100, 80]]
+    assert (files.counts, files.notes) == ({}, ())
+    scored, expected = (
+        score_by("coco", files.tables, max_dets=3), score(document(), [DETECTION], max_dets=3, ignore_rule="none")
+    )  # fmt: skip
+    assert scored[:3] == expected[:3]
+    without = document(images=[{"id": 7, "file_name": "a/left.jpg"}])
+    assert read_json(tmp_path, without, [], {"left": [5, 6]}).tables.image_sizes_px.tolist() == [[5, 6]]
+    with pytest.raises(ValueError, match="max_dets is 0"):
+        score_by("coco", files.tables, max_dets=0)
+    assert score_by("voc", read_json(tmp_path, document(), []).tables).metrics["voc/mAP50"] == 0
