@@ -76,9 +76,9 @@ def read_lines(path: Path, max_bytes: int = MAX_LABEL_BYTES) -> Iterator[tuple[i
     return ((number, line.rstrip("\n")) for number, line in lines if line.strip())
 
 
-def read_rows(path: Path, separator: Literal["comma", "space"], max_bytes: int = MAX_LABEL_BYTES) -> Iterator[Row]:
+def read_rows(path: Path, separator: Literal["comma", "space"]) -> Iterator[Row]:
     """Yield the rows of a table, see `read_lines`; fields are stripped of blanks, and an empty last one is left out."""
-    for number, line in read_lines(path, max_bytes):
+    for number, line in read_lines(path):
         fields = _between_commas(line) if separator == "comma" else _between_blanks(line)
         yield Row(number, fields if fields[-1].text else fields[:-1])
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.label_files import MAX_LIST_BYTES, UnreadableFile, number, read_rows
+from data.label_files import MAX_LIST_BYTES, UnreadableFile, number, read_lines
 from evaluation.checks import MAX_LISTED, MAX_NUMBER, listed
 
 
@@ -55,19 +55,20 @@ def read_numbers(path: Path, fields: Sequence[str], problems: Problems) -> Numbe
     """Read rows with a number for each of `fields`, between commas; others are problems. An empty file has no rows."""
     lines, rows = [], []
     try:
-        for row in read_rows(path, "comma", MAX_LIST_BYTES):
-            values = [number(field.text) for field in row.fields]
+        for line, text in read_lines(path, MAX_LIST_BYTES):
+            # Some rows of VisDrone end in a comma.
+            texts = text.strip().removesuffix(",").split(",")
+            values = [number(field.strip()) for field in texts]
             sound = [value for value in values if value is not None and abs(value) <= MAX_NUMBER]
             if len(values) != len(fields):
-                rule = f"a row has {len(fields)} columns ({','.join(fields)}), found {row.num_fields}"
-                problems.add(f"{path}:{row.line}", rule)
+                rule = f"a row has {len(fields)} columns ({','.join(fields)}), found {len(values)}"
+                problems.add(f"{path}:{line}", rule)
             elif len(sound) != len(fields):
                 wrong = next(i for i, value in enumerate(values) if value is None or abs(value) > MAX_NUMBER)
-                rule = f"{fields[wrong]} must be a finite number up to {MAX_NUMBER:.0e} in size"
-                place = f"{path}:{row.line}:{row.fields[wrong].column}"
-                problems.add(place, f"{rule}, found {repr(row.fields[wrong].text)}")
+                rule = f"{fields[wrong]} in column {wrong + 1} must be a finite number up to {MAX_NUMBER:.0e} in size"
+                problems.add(f"{path}:{line}", f"{rule}, found {repr(texts[wrong])}")
             else:
-                lines.append(row.line)
+                lines.append(line)
                 rows.append(sound)
     except UnreadableFile as error:
         problems.add(path, str(error))

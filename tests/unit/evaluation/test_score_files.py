@@ -179,10 +179,10 @@ def test_objects_without_a_size_stay_and_are_told(tmp_path: Path) -> None:
         ),
         (
             {"detections/a.txt": "1,2,3,nan,0.5,1,-1,-1"},
-            "a.txt:1:7: h must be a finite number up to 1e+12 in size, fou",
+            "a.txt:1: h in column 4 must be a finite number up to 1e+12 in si",
         ),
-        ({"detections/a.txt": "\n1,2,inf,4,0.5,1,-1,-1"}, "a.txt:2:5: w must be a finite number up to 1e+12 in size"),
-        ({"detections/a.txt": "1,2,1e300,4,0.5,1,-1,-1"}, "w must be a finite number up to 1e+12 in size, found '1e3"),
+        ({"detections/a.txt": "\n1,2,inf,4,0.5,1,-1,-1"}, "a.txt:2: w in column 3 must be a finite number up to 1e+12"),
+        ({"detections/a.txt": "1,2,1e300,4,0.5,1,-1,-1"}, "must be a finite number up to 1e+12 in size, found '1e300'"),
         ({"detections/a.txt": "1,2,0,4,0.5,1,-1,-1"}, "a.txt:1: box [1.0, 2.0, 0.0, 4.0] (x, y, w, h) must have w > 0"),
         (
             {"detections/a.txt": "1,2,3,4,50,1,-1,-1"},
