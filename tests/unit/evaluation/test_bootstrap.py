@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenes import detection, ground_truth, random_set
+from scenes import crowded_set, detection, ground_truth, random_set
 
 import evaluation.bootstrap
 from evaluation.bootstrap import Floats, draw, resample
@@ -18,6 +21,7 @@ from evaluation.outcomes import Outcomes, curves_of, outcomes_of
 from evaluation.significance import Samples, coco_samples, visdrone_samples, voc_samples
 from evaluation.tables import Tables, tabulate
 
+SHARED = Path(os.environ.get("SPECK_SHARED_DATASETS", Path(__file__).parents[4] / "shared" / "datasets"))
 EVERYTHING = {"all": (0.0, 1e10)}
 
 
@@ -100,6 +104,21 @@ def test_points_of_recall_are_reached_as_floats_say() -> None:
     ]
     weights = np.array([[1, 1, 1, 1], [2, 1, 1, 0], [4, 0, 0, 0], [0, 1, 1, 3]], np.float64).T
     assert_equals_pycocotools(tabulate(truth, found), coco_rules(), weights)
+
+
+def test_the_coco_apis_fixture_scores_as_pycocotools_says() -> None:
+    folder = SHARED / "coco_eval"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: the COCO API's evaluation fixture is not part of the project")
+    truth = json.loads((folder / "dataset/cocoapi/instances_val2014_100.json").read_text())
+    found = json.loads((folder / "cocoapi_results/instances_val2014_fakebbox100_results.json").read_text())
+    tables = tabulate(truth, found)
+    assert_equals_pycocotools(tables, coco_rules(), draw(np.arange(len(tables.image_ids)), 2, 0))
+
+
+def test_crowded_images_score_as_pycocotools_says() -> None:
+    tables = tabulate(*crowded_set(20, 800, 5000, num_classes=4))
+    assert_equals_pycocotools(tables, coco_rules(500), draw(np.arange(20) // 2, 2, 0))
 
 
 @given(

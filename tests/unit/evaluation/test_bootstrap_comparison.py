@@ -169,5 +169,5 @@ def test_the_interval_holds_the_true_difference_about_as_often_as_it_says() -> N
         assert interval.low is not None
         assert interval.high is not None
         held += interval.low <= true <= interval.high
-    # .95 and four standard deviations of a share of 300 trials, and as much again for what bootstrap itself lacks.
+    # Four standard deviations of a share of 300 trials are .05, and intervals of 100 images may be a little short.
     assert held / trials == pytest.approx(0.95, abs=0.08)
