@@ -66,12 +66,11 @@ def headline(analysis: Analysis) -> Score:
         "calibration_error": analysis.reliability.expected_calibration_error,
     }
     metrics |= {f"lost_AP50_{name.replace(' ', '_')}": lost for name, lost in analysis.error_types.lost_ap50.items()}
-    metrics |= {
-        f"recall_{row.size.replace(' ', '_')}": row.num_found_at_threshold / row.num_objects if row.num_objects else None
-        for row in analysis.recall_by_size
-    }
-    per_class: dict[str, dict[str, float | None]] = {
-        name: {"analysis/threshold": None if best is None else best.score, "analysis/f1": None if best is None else best.f1}
-        for name, best in analysis.operating_point.per_class.items()
-    }
+    for row in analysis.recall_by_size:
+        share = row.num_found_at_threshold / row.num_objects if row.num_objects else None
+        metrics[f"recall_{row.size.replace(' ', '_')}"] = share
+    per_class: dict[str, dict[str, float | None]] = {}
+    for name, best in analysis.operating_point.per_class.items():
+        score, f1 = (None, None) if best is None else (best.score, best.f1)
+        per_class[name] = {"analysis/threshold": score, "analysis/f1": f1}
     return Score({f"analysis/{name}": value for name, value in metrics.items()}, per_class, {})

@@ -240,7 +240,7 @@ def foreground_of_matches(
     ignore_rule: IgnoreRule,
     score_threshold: float,
 ) -> ForegroundReport:
-    """The report for what detections of at least `score_threshold` find and miss at IoU .50; see `foreground_report`."""
+    """The `foreground_report` on what detections of at least `score_threshold` find and miss at IoU .50."""
     annotations = ground_truth["annotations"]
     matches = match(ground_truth, detections, ignore_rule=ignore_rule, score_threshold=score_threshold)
     return foreground_report(

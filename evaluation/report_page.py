@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from data.decode import read_bgr
 from data.page import document, table
-from evaluation.analysis_records import Analysis
 from evaluation.error_pictures import enlarged, legend, marks_of, shown_zoom, whole, worst
 from evaluation.matching import match
 from evaluation.report_sections import UNKNOWN, SplitReport, analysis_sections, count, number

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from evaluation.score import Score
 
 _parsing = threading.Lock()
-_DRAWING = (
-    "charts.py", "comparison_page.py", "contact_sheet.py", "error_pictures.py", "foreground_chart.py", "plots.py",
-    "report_page.py", "report_sections.py",
+# No stored score depends on what draws, compares runs, or reads other people's files.
+_NO_PART = (
+    "bootstrap.py", "charts.py", "coco_files.py", "comparison_page.py", "contact_sheet.py", "error_pictures.py",
+    "file_problems.py", "foreground_chart.py", "plots.py", "report_page.py", "report_sections.py", "score_files.py",
+    "significance.py", "text_files.py",
 )  # fmt: skip
 _Count = Annotated[int, Field(ge=0)]
 _Key = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
@@ -54,7 +56,8 @@ class ScoreResult(_Record):
     """Score of one run's detections on one split; None where there was no ground truth to score against.
 
     `metrics` by name, which carries the protocol (`coco/AP_small`): COCO's, those of `protocol`, the dataset's own, and
-    the headlines of `evaluation.analysis`; `per_class` by class name, then metric. Two results with the same `score_key`, dataset version and split compare.
+    the headlines of `evaluation.analysis`; `per_class` by class name, then metric. Two results with the same
+    `score_key`, dataset version and split compare.
     """
 
     schema_version: Literal[1] = 1
@@ -89,7 +92,7 @@ def score_result(
     options: ScoreOptions,
     detection_counts: Mapping[str, int],
 ) -> ScoreResult:
-    """The record of a score; `protocol`: the dataset's own. `detection_counts` (what `detect` left out) join its counts."""
+    """The record of a score. `protocol`: the dataset's own; `detection_counts`: what `detect` left out."""
     return ScoreResult(
         run_key=run_key,
         score_key=score_key(protocol, options),
@@ -125,7 +128,7 @@ def code_hash(sources: Sequence[Path] | None = None) -> str:
     By default over the modules of this package that a score depends on, which leaves out those that only draw.
     """
     if sources is None:
-        sources = [path for path in Path(__file__).parent.glob("*.py") if path.name not in _DRAWING]
+        sources = [path for path in Path(__file__).parent.glob("*.py") if path.name not in _NO_PART]
     digest = hashlib.sha256()
     for path in sorted(sources):
         tree = syntax_tree(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from flows.compare_command import compare_command
 from flows.data_commands import data_app
 from flows.evaluate_command import evaluate
 from flows.output import JsonOption, print_json
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(score)
+app.command("compare")(compare_command)
 
 SpecOption = Annotated[str, typer.Option("--spec", help="Experiment: a name in flows/runs/ or a YAML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change one value: key.path=value. May be repeated.")]

@@ -18,9 +18,12 @@ from torch import nn
 
 from data.store import default_max_bytes, default_root, materialise
 from data.tiling import TileGrid
+from evaluation.analysis_records import OperatingPoint
 from evaluation.detector import Detected
+from evaluation.foreground import ObjectScore
 from flows.experiment import readable_errors
 from flows.settings import REPO, Settings
+from training.artifacts import write_artifacts
 from training.checkpoint import write_json
 from training.jobs import Cluster, Jobs, code_snapshot, embedded_cluster
 from training.meter import PROGRESS_MARK
@@ -34,10 +37,10 @@ from training.scoring import (
     Split,
     detect_split,
     load_model,
+    read_ground_truth,
     score_detections,
     score_options,
     split_inputs,
-    write_artifacts,
 )
 from training.spec import RunSpec, ScoringSpec
 from training.workers import Workers
@@ -124,12 +127,14 @@ def score_run(
     settings: Settings,
     splits: Sequence[Split],
     *,
+    operating_point: OperatingPoint | None = None,
     workers: int = 1,
     say: Callable[[str], object] = lambda _: None,
 ) -> tuple[nn.Module, dict[Split, Scored]]:
     """Score weights on the spec's dataset version under its scoring rules; the model is on this process's device.
 
-    One worker is this process; more are a Ray job, which gives the same score. `say` is told of the progress.
+    Without an `operating_point` the first split chooses one. One worker is this process; more are a Ray job, which
+    gives the same score. `say` is told of the progress.
 
     Raises:
         UnfitWeights, UndecodableImage, MiscountedImages: see `load_model` and `detect_split`.
@@ -140,14 +145,15 @@ def score_run(
     model = load_model(spec, weights).to(alone.device)
     scored: dict[Split, Scored] = {}
     for split in splits:
-        inputs = split_inputs(spec, folder, split)
+        inputs, ground_truth = split_inputs(spec, folder, split), read_ground_truth(folder, split)
         pace = _Pace(len(inputs), score_options(spec).tiling is not None, say)
         if workers == 1:
-            detected = detect_split(spec, model, inputs, alone, pace.tell)
+            detected = detect_split(spec, model, inputs, alone, pace.tell, ground_truth=ground_truth)
             assert detected is not None  # a group of one has rank 0
         else:
             detected = _detect_together(spec, weights, settings, split, workers, pace)
-        scored[split] = score_detections(spec, folder, split, detected)
+        scored[split] = score_detections(spec, ground_truth, split, detected, operating_point)
+        operating_point = operating_point or scored[split].analysis.operating_point
     return model, scored
 
 
@@ -194,7 +200,8 @@ def _detect_together(
                     jobs.stop(submission_id)
                 raise
             pace.tell(pace.total)
-        return Detected(**json.loads((folder / DETECTED).read_bytes()))
+        content = json.loads((folder / DETECTED).read_bytes())
+        return Detected(**content | {"object_scores": [ObjectScore(*row) for row in content["object_scores"]]})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -34,17 +34,21 @@ def evaluate(
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the model as well.")] = True,
     architecture: Annotated[str | None, typer.Option(help="Of a weights file without its spec.json.")] = None,
     out: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder for detections.json (COCO results) and score.json.")
+        Path | None,
+        typer.Option(file_okay=False, help="Folder for report, score, analysis and detections."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model again: a finished run's, a registered one's or a weights file, on any split of its classes."""
     if split not in {"val", "test", "train"}:
         raise typer.BadParameter(f"{split!r} is no split; use val, test or train", param_hint="--split")
+    from dataclasses import asdict
+
     from flows.evaluate import dataset_folder, score_run, with_rules
     from flows.find_model import find_model
     from flows.settings import Settings
-    from training.latency import measure_latency
+    from training.artifacts import write_scores
+    from training.latency import measure_latency, speed_of
     from training.scoring import split_inputs
 
     settings, part = Settings(), cast("Split", split)
@@ -62,7 +66,13 @@ def evaluate(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
         detector, by_split = score_run(
-            spec, found.weights, settings, [part], workers=workers, say=lambda line: typer.echo(line, err=as_json)
+            spec,
+            found.weights,
+            settings,
+            [part],
+            operating_point=found.operating_point,
+            workers=workers,
+            say=lambda line: typer.echo(line, err=as_json),
         )
         timed = None
         if latency:
@@ -71,28 +81,13 @@ def evaluate(
     # On another dataset the spec has another key, but the weights are still that run's.
     scored = by_split[part]
     scored = scored._replace(result=scored.result.model_copy(update={"run_key": found.run_key}))
-    content = _as_json(scored, timed)
     if out is not None:
-        _write(out, scored, content)
+        speed = None if timed is None else speed_of(timed)
+        write_scores(out, spec, {part: scored}, dataset_folder(spec, settings), speed)
     if as_json:
-        print_json(content)
+        print_json(scored.result.model_dump(mode="json") | ({} if timed is None else {"latency": asdict(timed)}))
     else:
         _print(scored, timed)
-
-
-def _as_json(scored: Scored, latency: Latency | None) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return scored.result.model_dump(mode="json") | ({} if latency is None else {"latency": asdict(latency)})
-
-
-def _write(folder: Path, scored: Scored, content: dict[str, Any]) -> None:
-    import json
-
-    from data.whole_file import write_whole
-
-    write_whole(folder / "detections.json", json.dumps(scored.detections, allow_nan=False))
-    write_whole(folder / "score.json", json.dumps(content, indent=1, allow_nan=False))
 
 
 def _print(scored: Scored, latency: Latency | None) -> None:

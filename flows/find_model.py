@@ -14,12 +14,14 @@ from pydantic import ValidationError
 from data.card import DatasetCard, load_card
 from data.tiling import TileGrid
 from data.versioning import current_version
+from evaluation.analysis_records import OperatingPoint
 from flows.evaluate import find_result
 from flows.experiment import readable_errors
 from flows.settings import REPO, Settings
 from tracking.client import connect
 from tracking.packaging import download_verified
 from tracking.registry import history
+from training.artifacts import read_operating_point
 from training.checkpoint import file_sha256
 from training.scoring import score_options
 from training.spec import ArchitectureSpec, ComputeSpec, DatasetSpec, RunSpec, TrainingSpec, resolve_precision
@@ -46,12 +48,14 @@ class FoundModel:
     """Weights, the spec of their run and its key. Of weights without a spec the key is the start of their sha256.
 
     `tiling`: the tiles that the model was scored by, if any; on another dataset the spec does not tell any more.
+    `operating_point`: as chosen on val when the model was trained; weights alone have none.
     """
 
     spec: RunSpec
     weights: Path
     run_key: str
     tiling: TileGrid | None
+    operating_point: OperatingPoint | None
 
 
 @contextmanager
@@ -147,7 +151,8 @@ def _of_run(weights: Path) -> FoundModel:
 
 
 def _found(spec: RunSpec, weights: Path, run_key: str) -> FoundModel:
-    return FoundModel(spec, weights, run_key, score_options(spec).tiling)
+    tiling = score_options(spec).tiling
+    return FoundModel(spec, weights, run_key, tiling, read_operating_point(weights.parent))
 
 
 def _dataset(name: str) -> DatasetSpec:

@@ -112,7 +112,7 @@ def _plan_finished(spec: RunSpec, result: RunResult, code_hash: str, on_code_cha
     stale = result.code_hash != code_hash
     if stale and on_code_change == "retrain":
         return PlannedCell(spec, "train", other_code, code_hash, superseding=True)
-    if result.scores["test"].score_key != score_key("coco", score_options(spec)):
+    if result.scores["test"].score_key != score_key(spec.dataset.card.protocol, score_options(spec)):
         return PlannedCell(spec, "score", "trained, but scored under other options or by other code", code_hash)
     if stale:
         return PlannedCell(spec, "stale", f"{other_code}; --on-code-change retrain trains it again", code_hash)

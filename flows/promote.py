@@ -17,6 +17,7 @@ from tracking.packaging import package
 from tracking.promotion import Candidate, Verdict, decide
 from tracking.registry import CHAMPION, Version, download, history, promote, record_verdict, register
 from tracking.runs import TRAINING
+from training.artifacts import OPERATING_POINT
 from training.checkpoint import file_sha256
 from training.records import CorruptResult, RunResult, read_result, training_id
 from training.scoring import score_options
@@ -130,6 +131,7 @@ def _register(client: MlflowClient, result: RunResult, run_id: str, training: st
         model_folder = package(
             weights,
             spec.model_dump_json(indent=1),
+            (artifacts / OPERATING_POINT).read_text(encoding="utf-8"),
             REPO / "models",
             Path(folder) / "model",
             architecture=spec.architecture.name,

@@ -90,8 +90,8 @@ def split_report(
     """The score of the detections, with the analysis above."""
     scored = score(ground_truth, detections, ignore_rule=OPTIONS.ignore_rule)
     result = score_result(
-        scored, run_key="0123456789ab", dataset_name=dataset, dataset_version="v1", split=split, options=OPTIONS,
-        detection_counts={},
+        scored, protocol="coco", run_key="0123456789ab", dataset_name=dataset, dataset_version="v1", split=split,
+        options=OPTIONS, detection_counts={},
     )  # fmt: skip
     classes = [category["name"] for category in ground_truth["categories"]]
     made = analysis(classes, has_objects=bool(ground_truth["annotations"]))

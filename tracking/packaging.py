@@ -32,6 +32,7 @@ class DigestMismatch(RuntimeError):
 def package(
     weights: Path,
     spec_json: str,
+    operating_point_json: str,
     models_folder: Path,
     out: Path,
     *,
@@ -40,13 +41,12 @@ def package(
     class_names: Sequence[str],
     input_size_px: int,
     postprocess: Mapping[str, float],
-    operating_point: Mapping[str, Any],
 ) -> Path:
     """Writes an MLflow pyfunc model to the new folder `out` and returns it.
 
     `weights` is a safetensors file of the detector's state; `settings` and `postprocess` are the keyword arguments of
-    `models.build` and `models.interface.PostprocessConfig`; `operating_point` tells users from which score to take a
-    detection seriously. No pickle is written. The copy of `models_folder` is named
+    `models.build` and `models.interface.PostprocessConfig`; `operating_point_json` tells users from which score to take
+    a detection seriously. No pickle is written. The copy of `models_folder` is named
     by its content, so that two versions loaded in one process cannot see each other's code.
 
     Raises FileExistsError when `out` exists.
@@ -62,7 +62,6 @@ def package(
         "class_names": list(class_names),
         "input_size_px": input_size_px,
         "postprocess": dict(postprocess),
-        "operating_point": dict(operating_point),
     }
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
@@ -71,6 +70,7 @@ def package(
         models = models.rename(staging / f"speck_models_{digest(models)[:8]}")
         shutil.copy(weights, staging / "weights.safetensors")
         (staging / "spec.json").write_text(spec_json, encoding="utf-8")
+        (staging / "operating_point.json").write_text(operating_point_json, encoding="utf-8")
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         (staging / "predictor.py").write_text(PREDICTOR.read_text(encoding="utf-8") + REGISTRATION, encoding="utf-8")
         mlflow.pyfunc.save_model(
@@ -79,6 +79,7 @@ def package(
             artifacts={
                 "weights": str(staging / "weights.safetensors"),
                 "spec": str(staging / "spec.json"),
+                "operating_point": str(staging / "operating_point.json"),
                 "config": str(staging / "config.json"),
                 "models": str(models),
             },

@@ -53,6 +53,17 @@ class Latency:
     precision: str
 
 
+def speed_of(latency: Latency) -> dict[str, float]:
+    """The numbers that a report shows, by name."""
+    return {
+        "p50, ms": latency.p50_ms,
+        "p95, ms": latency.p95_ms,
+        f"inputs per s in batches of {latency.batch_size}": latency.inputs_per_s,
+        "inputs per s with decoding": latency.end_to_end_inputs_per_s,
+        "threads": latency.threads,
+    }
+
+
 def measure_latency(
     spec: RunSpec, model: nn.Module, inputs: DetectionDataset | TiledPictures, device: torch.device
 ) -> Latency:

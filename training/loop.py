@@ -105,11 +105,14 @@ def train(
             scores: Mapping[str, float | None] = {}
             if is_last:
                 # What is reported in the end is looked at once, and in full.
-                validation, is_validated = score_split(spec, average, dataset_folder, "val", workers, cache_folder), True
+                validation = score_split(spec, average, dataset_folder, "val", workers, cache_folder)
+                is_validated = True
                 scores = {} if validation is None else validation.result.metrics
             else:
                 scores = validate(spec, average, dataset_folder, workers, cache_folder)
-            metrics |= {f"val/{name}": value for name, value in scores.items() if value is not None}
+            metrics |= {
+                f"val/{name}": value for name, value in scores.items() if value is not None and name.startswith("coco/")
+            }
             metrics["time/validate_s"] = time.monotonic() - validating
         hooks.report(metrics, state.step, state.epoch, partial(save, spec, state))
     if not is_validated:

@@ -188,9 +188,9 @@ def detect_split(
         counts,
         [row for part, _ in gathered for row in part.object_scores],
     )
-    if tiles is not None:
+    if isinstance(inputs, TiledPictures):
         require_each_once("tile", range(len(inputs)), numbers)
-        return merge_tiles(found, tiles, max_detections=spec.scoring.max_detections)
+        return merge_tiles(found, inputs.tiles, max_detections=spec.scoring.max_detections)
     require_each_once("image", inputs.image_ids, numbers)
     return found
 
@@ -245,9 +245,12 @@ def score_detections(
         operating_point=operating_point,
         chosen_on=split if operating_point is None else "val",
     )
-    own = () if protocol == "coco" else (with_counts_named(score_by(protocol, tables, ignore_rule=options.ignore_rule), protocol),)
+    scores = [coco, headline(analysis)]
+    if protocol != "coco":
+        own = score_by(protocol, tables, ignore_rule=options.ignore_rule)
+        scores.insert(1, with_counts_named(own, protocol))
     result = score_result(
-        joined(coco, *own, headline(analysis)),
+        joined(*scores),
         protocol=protocol,
         run_key=spec.run_key,
         dataset_name=spec.dataset.name,

@@ -20,7 +20,7 @@ from data.store import default_max_bytes, default_root, materialise
 from data.whole_file import write_whole
 from training.launch import causes_told, on_workers
 from training.meter import PROGRESS_MARK
-from training.scoring import DETECTED, SHARE_MARK, detect_split, load_model, read_order, split_inputs
+from training.scoring import DETECTED, SHARE_MARK, detect_split, load_model, read_ground_truth, read_order, split_inputs
 from training.workers import Workers
 
 NEWS_EVERY_S = 2.0
@@ -61,7 +61,11 @@ def score_worker(config: dict[str, Any]) -> None:
             print(f"{PROGRESS_MARK} {SHARE_MARK} {workers.rank} {num_done}", flush=True)
 
     tell(0)
-    detected = detect_split(spec, model, split_inputs(spec, dataset_folder, order.split), workers, tell)
+    inputs, ground_truth = (
+        split_inputs(spec, dataset_folder, order.split),
+        read_ground_truth(dataset_folder, order.split),
+    )
+    detected = detect_split(spec, model, inputs, workers, tell, ground_truth=ground_truth)
     if detected is not None:
         write_whole(folder / DETECTED, json.dumps(detected._asdict(), allow_nan=False))
     # A barrier: no worker may leave while rank 0 still writes.

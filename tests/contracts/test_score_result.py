@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from data.tiling import TileGrid
 from evaluation.coco import score
-from evaluation.result import ScoreOptions, ScoreResult, score_result, code_hash, score_key
+from evaluation.result import ScoreOptions, ScoreResult, code_hash, score_key, score_result
 
 OPTIONS = ScoreOptions(
     score_threshold=0.01, nms_iou=0.65, max_detections=500, max_candidates=10_000, input_size_px=640, precision="fp32",
@@ -27,8 +27,8 @@ def result(**changes: Any) -> ScoreResult:
     }
     found = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 8, 8], "score": 0.5}]
     made = score_result(
-        score(truth, found, max_dets=OPTIONS.max_dets, ignore_rule=OPTIONS.ignore_rule), run_key="0123456789ab",
-        dataset_name="toy", dataset_version="f" * 32, split="val", options=OPTIONS,
+        score(truth, found, max_dets=OPTIONS.max_dets, ignore_rule=OPTIONS.ignore_rule), protocol="coco",
+        run_key="0123456789ab", dataset_name="toy", dataset_version="f" * 32, split="val", options=OPTIONS,
         detection_counts={"num_dropped_candidates": 3},
     )  # fmt: skip
     return ScoreResult.model_validate({**made.model_dump(), **changes})

@@ -55,6 +55,7 @@ def packaged(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package(
         folder / "w.safetensors",
         '{"seed": 0}',
+        '{"overall": null, "per_class": {}}',
         Path(models.__file__).parent,
         folder / "model",
         architecture=ARCHITECTURE,
@@ -62,7 +63,6 @@ def packaged(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         class_names=["car", "van", "bus"],
         input_size_px=INPUT_SIZE_PX,
         postprocess=asdict(POSTPROCESS),
-        operating_point={"overall": {"score": 0.4}},
     )
 
 

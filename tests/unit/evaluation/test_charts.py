@@ -32,7 +32,7 @@ from evaluation.charts import (
     shaded,
     size_bars,
 )
-from evaluation.result import _DRAWING
+from evaluation.result import _NO_PART
 
 HOSTILE = '<script>alert("x")</script>&amp;'
 
@@ -162,8 +162,8 @@ def test_the_operating_point_stands_on_the_inspection_curve() -> None:
 def test_files_that_only_draw_have_no_part_in_a_score() -> None:
     """They are left out of the hash that score keys hold."""
     folder = Path(__file__).parents[3] / "evaluation"
-    assert all((folder / name).is_file() for name in _DRAWING)
-    scoring = [path for path in folder.glob("*.py") if path.name not in _DRAWING]
-    modules = {Path(name).stem for name in _DRAWING}
+    assert all((folder / name).is_file() for name in _NO_PART)
+    scoring = [path for path in folder.glob("*.py") if path.name not in _NO_PART]
+    modules = {Path(name).stem for name in _NO_PART}
     for path in scoring:
         assert not modules & set(re.findall(r"from evaluation\.(\w+) import", path.read_text())), path

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scenes import detection, ground_truth, random_set
 
 from evaluation.coco import CocoRules, aitod_rules, coco_rules, score_tables
-from evaluation.score import Score
 from evaluation.matching import NOT_MATCHED, match_greedily, overlapping, ranks
+from evaluation.score import Score
 from evaluation.tables import tabulate
 
 SHARED = Path(os.environ.get("SPECK_SHARED_DATASETS", Path(__file__).parents[4] / "shared" / "datasets"))

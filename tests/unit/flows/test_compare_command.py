@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from data.card import DatasetCard
+from data.splits import SplitRule
+from evaluation.significance import NotComparable
+from flows.cli import app, is_expected
+from flows.compare_command import group_images
+from flows.settings import Settings
+from training.records import RunResult, hash_files, write_result
+from training.spec import RunSpec, ScoringSpec
+
+Finish = Callable[..., str]
+
+
+@pytest.fixture
+def finish(
+    settings: Settings,
+    tiny: Any,
+    make_result: Callable[..., RunResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Finish:
+    """Leaves a finished run behind that detected a share of the objects exactly; gives its run key."""
+    monkeypatch.setenv("SPECK_DATA_SOURCE", tiny.source)
+    monkeypatch.setenv("SPECK_STORE", str(tmp_path / "store"))
+
+    def make(spec: RunSpec, share: float) -> str:
+        folder = settings.storage / spec.run_key
+        (folder / "artifacts").mkdir(parents=True)
+        for split in ("val", "test"):
+            truth = json.loads((tiny.folder / "annotations" / f"{split}.json").read_text())
+            rng = np.random.default_rng(0)
+            found = [
+                {key: box[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+                for box in truth["annotations"]
+                if rng.uniform() < share
+            ]
+            (folder / "artifacts" / f"detections_{split}.json").write_text(json.dumps(found))
+        write_result(folder, make_result(spec, 0.5, 0.5, files=hash_files(folder, folder / "artifacts")))
+        return spec.run_key
+
+    return make
+
+
+def speck(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["compare", *arguments], env={"COLUMNS": "160"})
+
+
+def test_a_run_that_finds_all_is_better_than_one_that_finds_some(
+    finish: Finish, tiny_spec: Callable[..., RunSpec]
+) -> None:
+    spec = tiny_spec(seed=0)
+    some, everything = finish(spec, 0.3), finish(tiny_spec(seed=1), 1.0)
+    answer = speck(some[:6], everything, "--samples", "200")
+    assert answer.exit_code == 0
+    assert f"A: {spec.title}, run {some}" in answer.output
+    (row,) = re.findall(
+        r"│ coco/AP +│ *([\d.]+) │ 1\.0000 │ \+([\d.]+) │ \+[\d.]+ to \+[\d.]+ │ +9[\d.]+% │ better", answer.output
+    )
+    assert float(row[0]) + float(row[1]) == pytest.approx(1, abs=1e-3)
+    assert re.search(r"│ coco/AP_large +│ +- │ +- │ +│ +│ +│ no ground truth", answer.output)
+    assert re.search(r"│ bright: coco/AP50 +│", answer.output)
+    notes = answer.output[answer.output.rindex("┘") + 1 :].strip().splitlines()
+    assert notes[0] == "resampled: 8 images (the card tells of no sequences), 200 times, seed 0"
+    assert notes[1] == "warning: of only 8 images, fewer than 20, these intervals say little"
+    assert notes[-1].startswith("an interval sees which pictures were scored, not what another training seed")
+
+
+def test_json_is_the_same_comparison(finish: Finish, tiny_spec: Callable[..., RunSpec]) -> None:
+    some, everything = finish(tiny_spec(seed=0), 0.3), finish(tiny_spec(seed=1), 1.0)
+    first, again, other = (
+        json.loads(speck(everything, some, "--json", "--samples", "50", "--split", "val", "--seed", seed).stdout)
+        for seed in "114"
+    )
+    assert first == again
+    assert first["runs"] == [everything, some]
+    assert (first["split"], first["num_groups"], first["resampled"], first["num_samples"]) == ("val", 8, "images", 50)
+    ap = first["metrics"]["coco/AP"]
+    assert (ap["verdict"], ap["first"], ap["share_better"]) == ("worse", 1.0, 0.0)
+    assert ap["low"] <= ap["difference"] <= ap["high"] < 0
+    assert other["metrics"]["coco/AP"]["low"] != ap["low"]
+
+
+def test_runs_under_other_rules_are_refused_and_other_detection_options_are_told(
+    finish: Finish, tiny_spec: Callable[..., RunSpec]
+) -> None:
+    spec = tiny_spec()
+    version = spec.dataset.model_copy(update={"version": "0" * 32})
+    base = finish(spec, 1.0)
+    for other, message in (
+        (spec.model_copy(update={"dataset": version, "seed": 1}), f"dataset version ({spec.dataset.version} and 000"),
+        (tiny_spec(seed=2, scoring=ScoringSpec(max_dets=500)), "max_dets (100 and 500)"),
+    ):
+        error = speck(base, finish(other, 1.0)).exception
+        assert isinstance(error, NotComparable)
+        assert is_expected(error)
+        assert message in str(error)
+    finer = finish(tiny_spec(seed=3, scoring=ScoringSpec(nms_iou=0.5)), 1.0)
+    answer = speck(base, finer, "--samples", "10")
+    assert "detected under different options, which is part of the difference: nms_iou 0.65 and 0.5" in answer.output
+    assert speck(base, finer, "--split", "train").exit_code == 2
+    assert speck(base, finer, "--samples", "0").exit_code == 2
+
+
+def test_frames_of_a_sequence_are_drawn_together(tiny: Any) -> None:
+    names = ["M0101/img000001.jpg", "M0203/img000001.jpg", "M0101/img000002.jpg"]
+
+    def card(**changes: Any) -> DatasetCard:
+        return tiny.card.model_copy(update=changes)
+
+    by_rule = SplitRule(rule="by-sequence", sequence=r"(M\d{4})/[^/]+$")
+    assert group_images(names, card(splits=by_rule))[:2] == ([0, 1, 0], "sequences")
+    whole_match = SplitRule(rule="by-sequence", sequence=r"M\d\d")
+    assert group_images(names, card(splits=whole_match)).groups == [0, 1, 0]
+    assert group_images(names, card(format="uavdt"))[:] == ([0, 1, 0], "sequences", "by folder")
+    assert group_images(names, card())[:2] == ([0, 1, 2], "images")
+    with pytest.raises(NotComparable, match=r"'night\.png' does not match the card's"):
+        group_images(["night.png"], card(splits=by_rule))
