@@ -37,7 +37,8 @@ class SplitRule(BaseModel):
 
     `given`: as the files say; all three splits must be there. `ratio`: pictures of the same content stay together.
     `by-sequence`: pictures whose names give the same `sequence` stay together, a regular expression whose first group,
-    or else whose match, is the sequence's name. What the files say holds under every rule: only pictures that they put
+    or else whose match, is the sequence's name; under `given` it only says which pictures belong together when scores
+    are compared. What the files say holds under every rule: only pictures that they put
     nowhere are divided, and those of train where the files lack val or test. `pinned` names pictures or sequences.
 
     A picture that `ratio` draws and that nearly repeats one of another split is left out, first those of train, then
@@ -64,8 +65,10 @@ class SplitRule(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.sequence is not None) != (self.rule == "by-sequence"):
-            raise ValueError("a sequence belongs to the rule by-sequence, and that rule needs one")
+        if self.rule == "by-sequence" and self.sequence is None:
+            raise ValueError("the rule by-sequence needs a sequence")
+        if self.rule == "ratio" and self.sequence is not None:
+            raise ValueError("the rule ratio divides pictures and has no use for a sequence; use by-sequence or given")
         if self.near_duplicates == "keep" and self.rule != "ratio":
             raise ValueError("near_duplicates belongs to the rule ratio: the others keep them")
         names = [name for names in self.pinned.values() for name in names]

@@ -21,8 +21,8 @@ _parsing = threading.Lock()
 # No stored score depends on what draws, compares runs, or reads other people's files.
 _NO_PART = (
     "bootstrap.py", "charts.py", "coco_files.py", "comparison_page.py", "contact_sheet.py", "error_pictures.py",
-    "file_problems.py", "foreground_chart.py", "plots.py", "report_page.py", "report_sections.py", "score_files.py",
-    "significance.py", "text_files.py",
+    "file_problems.py", "foreground_chart.py", "plots.py", "report_page.py", "report_sections.py", "samples.py",
+    "score_files.py", "significance.py", "text_files.py",
 )  # fmt: skip
 _Count = Annotated[int, Field(ge=0)]
 _Key = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]

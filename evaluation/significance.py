@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.bootstrap import Floats, draw, resample
-from evaluation.coco import CocoRules, scored_rows
-from evaluation.ignore import IgnoreRule
-from evaluation.outcomes import Outcomes, outcomes_of
+from evaluation.bootstrap import Floats, draw
+from evaluation.samples import Samples
 from evaluation.tables import Tables
 
 Verdict = Literal["better", "worse", "not distinguishable"]
@@ -25,13 +23,6 @@ Verdict = Literal["better", "worse", "not distinguishable"]
 
 class NotComparable(ValueError):
     """Two sets of detections whose scores have nothing to do with each other, or too few images to resample."""
-
-
-class Samples(NamedTuple):
-    """Scores of S samples: (S,) by metric, and by class and metric; NaN where a sample has nothing to find."""
-
-    metrics: dict[str, Floats]
-    per_class: dict[str, dict[str, Floats]]
 
 
 # Detections with their ground truth, and how often each image is in each sample (I, S).
@@ -114,67 +105,6 @@ def compare(
         differences(one.metrics, two.metrics),
         {name: differences(values, two.per_class[name]) for name, values in one.per_class.items()},
     )
-
-
-def coco_samples(tables: Tables, weights: Floats, *, rules: CocoRules, ignore_rule: IgnoreRule) -> Samples:
-    """COCO's AP, AP50, AP75, AP by area, AR at the last limit, and AP and AP50 of each class, named as in `coco`."""
-    truths, detections, _ = scored_rows(tables, ignore_rule)
-    outcomes = outcomes_of(truths, detections, rules.areas, rules.limits[-1])
-    ap, recall = resample(outcomes, weights, len(tables.class_ids), all_points=False)
-    prefix, whole = rules.prefix, ap[:, 0]
-    metrics = {
-        f"{prefix}/AP": _class_mean(whole.mean(axis=1)),
-        f"{prefix}/AP50": _class_mean(whole[:, 0]),
-        f"{prefix}/AP75": _class_mean(whole[:, 5]),
-    }
-    metrics |= {
-        f"{prefix}/AP_{size}": _class_mean(ap[:, a + 1].mean(axis=1)) for a, size in enumerate([*rules.areas][1:])
-    }
-    metrics[f"{prefix}/AR_{rules.limits[-1]}"] = _class_mean(recall[:, 0].mean(axis=1))
-    return Samples(metrics, _per_class(whole, tables.class_names, prefix))
-
-
-def voc_samples(outcomes: Outcomes, weights: Floats, class_names: tuple[str, ...]) -> Samples:
-    """VOC's mAP50 and AP50 of each class, the area under the curve; from outcomes at IoU .50 in one view."""
-    ap, _ = resample(outcomes, weights, len(class_names), all_points=True)
-    return Samples({"voc/mAP50": _class_mean(ap[:, 0, 0])}, _per_class(ap[:, 0], class_names, "voc"))
-
-
-def visdrone_samples(outcomes: Outcomes, weights: Floats, class_names: tuple[str, ...], *, max_dets: int) -> Samples:
-    """VisDrone's AP, AP50, AP75 and AR at `max_dets`; a class weighs as much as the sample's images that contain it.
-
-    From outcomes at ten IoU thresholds in one view, of the detections within `max_dets`.
-    """
-    ap, recall = (scores[:, 0] for scores in resample(outcomes, weights, len(class_names), all_points=True))
-    contains = np.zeros((len(class_names), len(weights)))
-    scored = outcomes.truths.take(outcomes.is_scored[0] & (outcomes.truths.label < len(class_names)))
-    contains[scored.label, scored.image] = 1
-    frequency = (contains @ weights).T
-    metrics = {
-        "visdrone/AP": _class_mean(ap.mean(axis=1), frequency),
-        "visdrone/AP50": _class_mean(ap[:, 0], frequency),
-        "visdrone/AP75": _class_mean(ap[:, 5], frequency),
-        f"visdrone/AR_{max_dets}": _class_mean(recall.mean(axis=1), frequency),
-    }
-    return Samples(metrics, _per_class(ap, class_names, "visdrone"))
-
-
-def _per_class(ap: Floats, class_names: tuple[str, ...], prefix: str) -> dict[str, dict[str, Floats]]:
-    """AP over all thresholds, where there are several, and AP50, from (S, T, C)."""
-    rows: dict[str, dict[str, Floats]] = {}
-    for label, name in enumerate(class_names):
-        over_all = {f"{prefix}/AP": ap[:, :, label].mean(axis=1)} if ap.shape[1] > 1 else {}
-        rows[name] = {**over_all, f"{prefix}/AP50": ap[:, 0, label]}
-    return rows
-
-
-def _class_mean(values: Floats, weights: Floats | None = None) -> Floats:
-    """Mean over the classes that a sample has, (S,) from (S, C); NaN where it has none."""
-    is_known = ~np.isnan(values)
-    shares = is_known * (1.0 if weights is None else weights)
-    with np.errstate(invalid="ignore"):
-        means: Floats = np.where(is_known, values * shares, 0).sum(axis=1) / shares.sum(axis=1)
-    return means
 
 
 def _difference(first: Floats, second: Floats, confidence: float) -> Difference:

@@ -11,6 +11,7 @@ Legend: C classes, G ground truths, N detections.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from evaluation.matching import NOT_MATCHED, match_greedily, overlapping
 from evaluation.score import Score
 from evaluation.tables import DetectionTable, Tables, TruthTable
 from evaluation.voc import RankedOutcomes, average_precision, by_class_and_score, mean_over_classes
+
+Table = TypeVar("Table", TruthTable, DetectionTable)
 
 # Label of detections whose class is not known, as in official submissions.
 NO_CLASS = -1
@@ -35,13 +38,9 @@ def score_uavdt(tables: Tables) -> Score:
     ignore region are dropped and counted, objects are not. There is no limit on detections. Equal scores stay in the
     order of the images, then of the file.
     """
-    truths = tables.truths
-    is_dropped = strictly_inside_regions(tables.detections, tables)
+    truths, (pooled, is_dropped) = tables.truths, pooled_outcomes(tables)
     detections = tables.detections.take(~is_dropped)
-    # All classes as one.
-    one_truths = truths._replace(label=np.zeros_like(truths.label))
-    one_detections = detections._replace(label=np.zeros_like(detections.label))
-    pooled = uavdt_outcomes(one_truths, one_detections)
+    one_truths, one_detections = _as_one_class(truths), _as_one_class(detections)
     num_truths = int(pooled.is_scored.sum())
     metrics = {"uavdt/AP70": average_precision(pooled.is_hit, pooled.is_counted, num_truths)}
     counts = {
@@ -71,6 +70,17 @@ def score_uavdt(tables: Tables) -> Score:
     if has_classes:
         metrics["uavdt/AP70_class_aware"] = mean_over_classes(per_class, "uavdt/AP70_class_aware")
     return Score(metrics, per_class, counts)
+
+
+def pooled_outcomes(tables: Tables) -> tuple[RankedOutcomes, NDArray[np.bool_]]:
+    """What became of the detections with all classes as one, and which were dropped before; bool, one a detection."""
+    is_dropped = strictly_inside_regions(tables.detections, tables)
+    detections = tables.detections.take(~is_dropped)
+    return uavdt_outcomes(_as_one_class(tables.truths), _as_one_class(detections)), is_dropped
+
+
+def _as_one_class(table: Table) -> Table:
+    return table._replace(label=np.zeros_like(table.label))
 
 
 def uavdt_outcomes(truths: TruthTable, detections: DetectionTable) -> RankedOutcomes:

@@ -43,9 +43,9 @@ class NotRecorded(RuntimeError):
     """A cell cannot be promoted because MLflow does not know it yet."""
 
 
-def select(outcomes: Sequence[CellOutcome]) -> CellOutcome:
-    """The cell with the highest AP on the validation split; the test split is not looked at."""
-    return max(outcomes, key=lambda outcome: outcome.result.scores["val"].metrics[METRIC] or 0.0)
+def ranked(outcomes: Sequence[CellOutcome]) -> list[CellOutcome]:
+    """The cells by their AP on the validation split, best first; the test split is not looked at."""
+    return sorted(outcomes, key=lambda outcome: -(outcome.result.scores["val"].metrics[METRIC] or 0.0))
 
 
 def promote_best(client: MlflowClient, outcomes: Sequence[CellOutcome], settings: Settings) -> Promotion:
@@ -56,7 +56,7 @@ def promote_best(client: MlflowClient, outcomes: Sequence[CellOutcome], settings
     Raises:
         NotRecorded: the cell has no MLflow run, because the store was lost on the way.
     """
-    best = select(outcomes)
+    best = ranked(outcomes)[0]
     result = best.result
     if best.run_id is None:
         raise NotRecorded(f"run {result.run_key} has no MLflow run yet; run again when the tracking store is reachable")

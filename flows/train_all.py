@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Literal
 
 from prefect import flow, runtime, task
@@ -15,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from data.summary import summarise
 from data.versioning import DatasetVersion, version_dataset
 from flows.cells import CellOutcome, CellRunner
+from flows.compare import compare_runs
 from flows.data_report import report_data
 from flows.experiment import Experiment, check_batch, load_experiment
 from flows.leaderboard import (
@@ -31,7 +34,7 @@ from flows.lease import lease
 from flows.plan import PlannedCell, plan_cells
 from flows.plan_table import as_markdown as plan_as_markdown
 from flows.plan_table import line as plan_line
-from flows.promote import Promotion, promote_best
+from flows.promote import Promotion, promote_best, ranked
 from flows.record import Recorder
 from flows.report import Report, Unfinished
 from flows.say import say, warn
@@ -40,7 +43,7 @@ from flows.settings import REPO, Settings
 from flows.warm_start import specs_of
 from tracking.client import TrackingUnavailable, connect
 from tracking.registry import champion
-from tracking.runs import close_parent, ensure_parent
+from tracking.runs import close_parent, ensure_parent, upload
 from training.jobs import Cluster, Jobs, embedded_cluster
 from training.spec import RunSpec
 
@@ -105,6 +108,8 @@ class TrainAll:
             cells = self._run_cells(planned, parent_run_id, stack)
         with self._timed("promotion"):
             promotions, not_promoted, champions = compare_and_promote(cells, self.settings)
+        with self._timed("comparison"):
+            compare_best(cells, self.settings, parent_run_id)
         rows = make_rows(cells, champions)
         for name, error in failed.items():
             rows += unplanned_rows(name, self.experiment.resolved_architectures(), self.experiment.seeds, error)
@@ -225,14 +230,10 @@ def compare_and_promote(
 
     Returns the promotions, why there is none by dataset, and the champions' MLflow runs.
     """
-    by_dataset: dict[str, list[CellOutcome]] = {}
-    for cell, outcome in cells:
-        if isinstance(outcome, CellOutcome):
-            by_dataset.setdefault(cell.spec.dataset.name, []).append(outcome)
     promotions: list[Promotion] = []
     failed: dict[str, str] = {}
     champions: set[str] = set()
-    for name, outcomes in by_dataset.items():
+    for name, outcomes in _by_dataset(cells).items():
         # A champion that cannot be read, or a store that is gone, must not cost the other datasets their promotion.
         try:
             client = connect(settings.tracking_uri)
@@ -249,6 +250,38 @@ def compare_and_promote(
         say(f"{name}: version {promotion.version}, {moved}: {promotion.verdict.reason}")
         champions |= {holder.run_id} if holder is not None else set()
     return promotions, failed, champions
+
+
+@task(name="compare-best")
+def compare_best(
+    cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], settings: Settings, parent_run_id: str | None
+) -> None:
+    """Say of each dataset's two best cells on val whether test tells them apart; keep it with the parent run.
+
+    Nothing depends on it: what goes wrong here is said, not raised.
+    """
+    for name, outcomes in _by_dataset(cells).items():
+        if len(outcomes) < 2:
+            continue
+        best, second, *_ = ranked(outcomes)
+        try:
+            with tempfile.TemporaryDirectory(prefix="speck-comparison-") as folder:
+                compared = compare_runs(second.result, best.result, settings, "test", out=Path(folder))
+                if parent_run_id is not None:
+                    upload(connect(settings.tracking_uri), parent_run_id, Path(folder), under=f"comparison/{name}")
+        except Exception as error:
+            warn(f"{name}: the two best cells are not compared: {error}")
+            continue
+        labels = " against ".join(outcome.result.spec.architecture.label for outcome in (best, second))
+        say(f"{name}: {labels}: {compared.headline}")
+
+
+def _by_dataset(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]]) -> dict[str, list[CellOutcome]]:
+    found: dict[str, list[CellOutcome]] = {}
+    for cell, outcome in cells:
+        if isinstance(outcome, CellOutcome):
+            found.setdefault(cell.spec.dataset.name, []).append(outcome)
+    return found
 
 
 @task(name="publish-leaderboard")

@@ -18,7 +18,7 @@ import evaluation.bootstrap
 from evaluation.bootstrap import Floats, draw, resample
 from evaluation.coco import CocoRules, aitod_rules, coco_rules, score_tables
 from evaluation.outcomes import Outcomes, curves_of, outcomes_of
-from evaluation.significance import Samples, coco_samples, visdrone_samples, voc_samples
+from evaluation.samples import Samples, coco_samples, visdrone_samples, voc_samples
 from evaluation.tables import Tables, tabulate
 
 SHARED = Path(os.environ.get("SPECK_SHARED_DATASETS", Path(__file__).parents[4] / "shared" / "datasets"))

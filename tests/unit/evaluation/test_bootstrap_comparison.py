@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scenes import detection, ground_truth, random_set
 
 from evaluation.coco import coco_rules, score_tables
-from evaluation.significance import Comparison, Difference, NotComparable, coco_samples, compare
+from evaluation.samples import coco_samples
+from evaluation.significance import Comparison, Difference, NotComparable, compare
 from evaluation.tables import Tables, tabulate
 
 SAMPLE = partial(coco_samples, rules=coco_rules(), ignore_rule="none")

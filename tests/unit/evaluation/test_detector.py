@@ -77,7 +77,7 @@ def run(detector: Any, batches: list[Batch], *, bf16: bool = False) -> Any:
 def test_boxes_come_back_in_original_pixels() -> None:
     batches = [batch((7, 3), [0.5, 2.0], ((100, 128), (20, 32))), batch((11,), [1.0], ((64, 64),))]
     answers = [[answer([10, 20, 30, 25], [0, 0, 64, 50]), answer([4, 8, 12, 10])], [answer()]]
-    found, counts = run(Recorder(answers), batches)
+    found, counts, _ = run(Recorder(answers), batches)
     assert found == [
         {"image_id": 7, "category_id": 1, "bbox": [20, 40, 40, 10], "score": pytest.approx(0.9)},
         {"image_id": 7, "category_id": 2, "bbox": [0, 0, 128, 100], "score": pytest.approx(0.5)},
@@ -101,7 +101,7 @@ def test_boxes_are_clipped_and_what_is_left_out_is_counted() -> None:
         [0, 0, inf, 5],
         num_dropped=4,
     )
-    found, counts = run(Recorder([[boxes]]), [batch((1,), [1.0], ((20, 40),))])
+    found, counts, _ = run(Recorder([[boxes]]), [batch((1,), [1.0], ((20, 40),))])
     assert [entry["bbox"] for entry in found] == [[0, 0, 8, 8], [30, 10, 10, 10]]
     assert counts == {
         "num_detected_images": 1, "num_dropped_candidates": 4, "num_degenerate_boxes": 3, "num_non_finite_boxes": 2,
@@ -183,7 +183,7 @@ def test_perfect_detections_in_the_network_frame_score_one(dataset: Path, input_
     samples = DetectionDataset(dataset, "test", input_size_px=input_size_px, augment=None, seed=0)
     loader: Any = DataLoader(samples, batch_size=2, collate_fn=collate)
     detector: Any = Clairvoyant(samples)
-    found, counts = detect(detector, loader, CONFIG, device=CPU, bf16=False)
+    found, counts, _ = detect(detector, loader, CONFIG, device=CPU, bf16=False)
     truth = json.loads((dataset / "annotations" / "test.json").read_text())
     assert counts["num_detected_images"] == 5
     assert score(truth, found, ignore_rule="none").metrics["coco/AP"] == pytest.approx(1.0)

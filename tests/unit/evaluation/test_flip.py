@@ -92,7 +92,7 @@ def test_the_picture_is_mirrored_and_its_padding_stays(dataset: Path) -> None:
 
 def test_what_is_found_in_both_is_one_detection_in_its_place(dataset: Path) -> None:
     """The better of two equals is kept, of whichever picture it is: here that of the mirror image."""
-    (found, counts), _ = run(dataset, lambda image, look: detections((bright_box(image), 0.5 + 0.1 * look, 1)))
+    (found, counts, _), _ = run(dataset, lambda image, look: detections((bright_box(image), 0.5 + 0.1 * look, 1)))
     assert [row["image_id"] for row in found] == [1, 2, 3, 4]
     for row, square, (height, width) in zip(found, SQUARES_XYWH_PX, SHAPES, strict=True):
         # A resized edge is anywhere in a pixel of the input.
@@ -107,7 +107,7 @@ def test_what_only_the_mirror_image_shows_is_mirrored_back_and_classes_stay_apar
         x1, y1, x2, y2 = bright_box(image)
         return detections(([x1, y1, x2, y2], 0.5, look - 1), ([x1, y1 + 200, x2, y2 + 200], 0.4, look - 1))
 
-    (found, counts), _ = run(dataset, answer)
+    (found, counts, _), _ = run(dataset, answer)
     assert [(row["image_id"], row["category_id"]) for row in found] == [(n, c) for n in (1, 2, 3, 4) for c in (1, 2)]
     for first, second in zip(found[::2], found[1::2], strict=True):
         assert first["bbox"] == pytest.approx(second["bbox"], abs=1e-4)
@@ -120,7 +120,7 @@ def test_both_together_keep_to_the_cap_by_score(dataset: Path) -> None:
         rows = [([4.0 * n, 0.0, 4.0 * n + 3, 3.0], 0.9 - 0.1 * n - 0.05 * (look - 1), look - 1) for n in range(4)]
         return detections(*rows)
 
-    (found, _), _ = run(dataset, answer, max_detections=5)
+    (found, *_), _ = run(dataset, answer, max_detections=5)
     of_first = [row for row in found if row["image_id"] == 1]
     assert [row["score"] for row in of_first] == pytest.approx([0.9, 0.85, 0.8, 0.75, 0.7])
     assert [row["category_id"] for row in of_first] == [1, 2, 1, 2, 1]

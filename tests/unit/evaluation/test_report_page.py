@@ -15,7 +15,7 @@ from reports import Page, analysis, found, scene, split_report
 from data.decode import UndecodableImage
 from evaluation.comparison_page import Side, write_comparison
 from evaluation.matching import match
-from evaluation.report_page import ExtraPicture, threshold_of, write_report
+from evaluation.report_page import ExtraPicture, write_report
 
 HOSTILE = "</title><script>alert('$x')</script>"
 FILE = "a'b&<i>\".png"
@@ -128,8 +128,8 @@ def test_pictures_that_cannot_be_drawn_are_named(tmp_path: Path, truth: dict[str
 
 
 def test_pictures_use_the_operating_point() -> None:
-    assert threshold_of(analysis(["car"])) == 0.5
-    assert threshold_of(analysis(["car"], has_objects=False)) == 0.3
+    assert analysis(["car"]).operating_point.shown_score == 0.5
+    assert analysis(["car"], has_objects=False).operating_point.shown_score == 0.3
 
 
 def test_a_threshold_of_another_split_is_shown_once(tmp_path: Path, truth: dict[str, Any]) -> None:

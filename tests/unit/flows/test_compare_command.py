@@ -14,7 +14,7 @@ from data.card import DatasetCard
 from data.splits import SplitRule
 from evaluation.significance import NotComparable
 from flows.cli import app, is_expected
-from flows.compare_command import group_images
+from flows.compare import group_images
 from flows.settings import Settings
 from training.records import RunResult, hash_files, write_result
 from training.spec import RunSpec, ScoringSpec
@@ -76,6 +76,16 @@ def test_a_run_that_finds_all_is_better_than_one_that_finds_some(
     assert notes[-1].startswith("an interval sees which pictures were scored, not what another training seed")
 
 
+def test_a_page_shows_where_they_differ(finish: Finish, tiny_spec: Callable[..., RunSpec], tmp_path: Path) -> None:
+    some, everything = finish(tiny_spec(seed=0), 0.3), finish(tiny_spec(seed=1), 1.0)
+    folder = tmp_path / "new" / "out"
+    printed = json.loads(speck(some, everything, "--samples", "20", "--json", "--out", str(folder)).stdout)
+    assert json.loads((folder / "comparison.json").read_text()) == printed
+    page = (folder / "comparison.html").read_text()
+    assert some in page
+    assert page.count("data:image/jpeg") > 2
+
+
 def test_json_is_the_same_comparison(finish: Finish, tiny_spec: Callable[..., RunSpec]) -> None:
     some, everything = finish(tiny_spec(seed=0), 0.3), finish(tiny_spec(seed=1), 1.0)
     first, again, other = (
@@ -124,5 +134,7 @@ def test_frames_of_a_sequence_are_drawn_together(tiny: Any) -> None:
     assert group_images(names, card(splits=whole_match)).groups == [0, 1, 0]
     assert group_images(names, card(format="uavdt"))[:] == ([0, 1, 0], "sequences", "by folder")
     assert group_images(names, card())[:2] == ([0, 1, 2], "images")
+    as_given = SplitRule(rule="given", sequence=r"M(\d{4})")
+    assert group_images(names, card(splits=as_given)).groups == [0, 1, 0]
     with pytest.raises(NotComparable, match=r"'night\.png' does not match the card's"):
         group_images(["night.png"], card(splits=by_rule))

@@ -91,11 +91,14 @@ def test_a_run_is_scored_and_written_as_coco_results(
     result = ScoreResult.model_validate_json(json.dumps(content))
     assert (result.run_key, result.split, result.counts["num_detected_images"]) == (run.run_key, "val", 8)
     assert result.options == score_options(run)
-    written = json.loads((tmp_path / "new" / "out" / "score.json").read_text())
-    assert written == content | {"latency": latency}
-    detections = json.loads((tmp_path / "new" / "out" / "detections.json").read_text())
+    folder = tmp_path / "new" / "out"
+    assert json.loads((folder / "score_val.json").read_text()) == content
+    assert f"{latency['p50_ms']:,.4g}" in (folder / "report.html").read_text()
+    assert json.loads((folder / "analysis_val.json").read_text())["chosen_on"] == "val"
+    detections = json.loads((folder / "detections_val.json").read_text())
     truth = json.loads((tiny.folder / "annotations" / "val.json").read_text())
-    assert score(truth, detections, ignore_rule="covered-half").metrics == result.metrics
+    expected = score(truth, detections, ignore_rule="covered-half").metrics
+    assert {name: value for name, value in result.metrics.items() if name.startswith("coco/")} == expected
     assert len(detections) == result.counts["num_detections"] > 50
 
 
@@ -118,7 +121,7 @@ def test_the_text_says_by_which_rules(evaluate: Callable[..., Any], run: RunSpec
 def test_a_file_is_the_run_beside_whose_spec_it_lies(
     weights: Path, run: RunSpec, settings: Settings, evaluate: Callable[..., Any], tmp_path: Path
 ) -> None:
-    assert found(str(weights), settings) == FoundModel(run, weights, run.run_key, None)
+    assert found(str(weights), settings) == FoundModel(run, weights, run.run_key, None, None)
     alone = Path(shutil.copy(weights, tmp_path / "alone.safetensors"))
     model = found(str(alone), settings, dataset=NAME, architecture="yolox-nano")
     assert model.run_key == file_sha256(alone)[:12]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.interface import Detections, PostprocessConfig
+from models.interface import AnchorScores, Detections, PostprocessConfig
 from training.scoring import score_split
 from training.spec import RunSpec
 from training.state import build_model
@@ -28,6 +29,7 @@ class DependsOnTheBatch(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
+        self.strides = self.model.strides
 
     def forward(self, images: Tensor) -> Any:
         return self.model(images * (1 + images.float().mean() / 255))
@@ -35,6 +37,10 @@ class DependsOnTheBatch(nn.Module):
     def postprocess(self, predictions: Any, config: PostprocessConfig) -> list[Detections]:
         found: list[Detections] = self.model.postprocess(predictions, config)
         return found
+
+    def anchor_scores(self, predictions: Any) -> AnchorScores:
+        scores: AnchorScores = self.model.anchor_scores(predictions)
+        return scores
 
 
 def score_all(folder: Path, workers: Workers) -> dict[str, Any]:
@@ -44,7 +50,11 @@ def score_all(folder: Path, workers: Workers) -> dict[str, Any]:
         torch.manual_seed(3)
         loaded = RunSpec.model_validate(spec)
         scored = score_split(loaded, DependsOnTheBatch(build_model(loaded)), Path(dataset), "test", workers)
-        found[name] = None if scored is None else (scored.detections, scored.result.counts, scored.result.metrics)
+        if scored is None:
+            found[name] = None
+            continue
+        result = scored.result
+        found[name] = (scored.detections, result.counts, result.metrics, asdict(scored.foreground))
     return found
 
 

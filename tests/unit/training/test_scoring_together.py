@@ -83,7 +83,7 @@ def test_the_score_does_not_depend_on_the_number_of_workers(
 
 
 def test_every_image_and_tile_was_looked_at(found: dict[int, dict[str, Any]]) -> None:
-    detections, counts, _ = found[1]["whole"]
+    detections, counts, *_ = found[1]["whole"]
     assert counts["num_detected_images"] == NUM_IMAGES
     assert {row["image_id"] for row in detections} == set(range(1, NUM_IMAGES + 1))
     counts = found[1]["tiles"][1]
