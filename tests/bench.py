@@ -28,6 +28,7 @@ from data.decode import read_bgr
 from data.headers import read_header
 from data.loader import AugmentConfig, DetectionDataset, GlobalBatchSampler, collate, init_worker
 from models.interface import Targets
+from tests.bench_evaluation import evaluation_against_pycocotools, memory_of_a_large_set
 from training.jobs import ALLOCATOR
 from training.loop import to_device
 
@@ -41,6 +42,8 @@ def main() -> None:
         environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE"}
         os.execve(sys.executable, [sys.executable, "-m", "tests.bench"], environment)
     torch.manual_seed(0)
+    evaluation_against_pycocotools()
+    memory_of_a_large_set()
     with tempfile.TemporaryDirectory(prefix="speck-bench-") as folder:
         write_photos(Path(folder))
         headers_against_decoding(Path(folder) / "images")
