@@ -23,6 +23,8 @@ from training.records import Attempt
 from training.spec import RunSpec
 
 PACKAGES = ("models", "data", "evaluation", "training")
+# Modules, and what they make pages of.
+CODE_SUFFIXES = (".py", ".html", ".css")
 # Read by glibc before a process starts. Large blocks stay with the process instead of being returned to the
 # kernel and faulted in again at every step: +27% images/s at 640 px on a CPU.
 ALLOCATOR = (
@@ -305,7 +307,7 @@ def code_snapshot(repo: Path) -> Iterator[Path]:
                 repo / package,
                 Path(folder) / package,
                 ignore=lambda where, names: (
-                    [n for n in names if Path(where, n).is_file() and not n.endswith(".py")]
+                    [n for n in names if Path(where, n).is_file() and not n.endswith(CODE_SUFFIXES)]
                     + [n for n in names if n in {"__pycache__", "raw", "processed", "reports", "catalog"}]
                 ),
             )

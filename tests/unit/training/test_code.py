@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from training.code import training_code_hash
+from training.jobs import code_snapshot
 
 ROOT = Path(__file__).parents[3]
 
@@ -105,3 +107,17 @@ def test_code_that_decides_no_result_is_left_out(repo: Path, before: dict[str, s
     ):
         append(repo / name, "ADDED = 1")
     assert training_code_hash(repo, YOLOX) == before[YOLOX]
+
+
+def test_workers_get_every_file_that_lies_beside_a_module_and_is_read_by_it() -> None:
+    with code_snapshot(ROOT) as folder:
+        modules = sorted(folder.rglob("*.py"))
+        assert folder / "training" / "worker.py" in modules
+        named = [
+            (path.parent / name)
+            for path in modules
+            for name in re.findall(r'Path\(__file__\)\.parent / "([\w.]+\.\w+)"', path.read_text())
+        ]
+        assert {path.name for path in named} >= {"page.html", "report_page.css"}
+        assert [path for path in named if not path.is_file()] == []
+        assert not list((folder / "data").glob("processed"))
