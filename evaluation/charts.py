@@ -120,7 +120,7 @@ def error_table(errors: ErrorTypes) -> str:
         (
             f"{escape(kind)}<br><small>{_ERRORS.get(kind, '')}</small>",
             f"{lost:.3f}{bar(max(lost, 0) / peak, _INK)}",
-            f"{errors.counts.get(kind, 0):,}",
+            f"{errors.counts[kind]:,}" if kind in errors.counts else "",
         )
         for kind, lost in errors.lost_ap50.items()
     ]

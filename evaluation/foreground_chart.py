@@ -55,7 +55,7 @@ def foreground_chart(report: ForegroundReport, path: Path) -> None:
     if report.score_threshold > 0:
         foreground = np.linspace(report.score_threshold, 1, 200)
         axes.plot(foreground, report.score_threshold / foreground, color="0.35", linewidth=1.2, linestyle="--",
-                  label=f"score {report.score_threshold:g}")  # fmt: skip
+                  label=f"score {report.score_threshold:.3f}")  # fmt: skip
     axes.set(xlabel="foreground score p(F)", ylabel="class score p(C|F) of the object's own class",
              xlim=(-0.02, 1.02), ylim=(-0.16, 1.16), yticks=np.linspace(0, 1, 6))  # fmt: skip
     above.set(ylabel="share")

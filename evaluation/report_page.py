@@ -12,7 +12,7 @@ from data.decode import read_bgr
 from data.page import document, table
 from evaluation.error_pictures import enlarged, legend, marks_of, shown_zoom, whole, worst
 from evaluation.matching import match
-from evaluation.report_sections import UNKNOWN, SplitReport, analysis_sections, count, number
+from evaluation.report_sections import UNKNOWN, SplitReport, analysis_sections, count, number, of_protocols
 
 STYLE = Path(__file__).parent / "report_page.css"
 _SHOWN_PX = 800
@@ -60,10 +60,11 @@ def write_report(
         raise ValueError("a report needs at least one scored split")
     last = splits[-1]
     result = last.result
+    extra = f'<div class="figures">{"".join(map(_extra, extra_pictures))}</div>'
     sections = {
         "The number": _numbers(splits, speed),
         **analysis_sections(splits),
-        **({"More": "".join(map(_extra, extra_pictures))} if extra_pictures else {}),
+        **({"Foreground and class score": extra} if extra_pictures else {}),
         f"Worst images of {result.split}": _pictures(last, images_folder, num_images),
     }
     header = (
@@ -77,7 +78,7 @@ def write_report(
 
 def _numbers(splits: Sequence[SplitReport], speed: Mapping[str, float] | None) -> str:
     last = splits[-1].result
-    names = [*dict.fromkeys(name for split in splits for name in split.result.metrics)]
+    names = of_protocols(name for split in splits for name in split.result.metrics)
     first = next((name for name in names if name.startswith(f"{last.protocol}/")), None)
     lines = []
     if first is not None:

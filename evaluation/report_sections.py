@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from html import escape
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.page import table
-from evaluation.analysis_records import Analysis, InspectionPoint, OperatingPoint, SizeRecall, Threshold
+from evaluation.analysis_records import Analysis, InspectionPoint, SizeRecall, Threshold
 from evaluation.charts import (
     ap_bars,
     confusion_table,
@@ -50,6 +50,11 @@ def analysis_sections(splits: Sequence[SplitReport]) -> dict[str, str]:
         "Reliability of scores": _reliability(splits),
         "Inspection": _inspection(splits),
     }
+
+
+def of_protocols(names: Iterable[str]) -> list[str]:
+    """The names, each once, without those of the analysis: it has sections of its own."""
+    return [name for name in dict.fromkeys(names) if not name.startswith("analysis/")]
 
 
 def number(value: float | None) -> str:
@@ -132,7 +137,7 @@ def _recall_by_class(sizes: Sequence[SizeRecall], split: str) -> str:
 
 def _classes(splits: Sequence[SplitReport]) -> str:
     per_class = [split.result.per_class for split in splits]
-    metrics = [*dict.fromkeys(metric for classes in per_class for row in classes.values() for metric in row)]
+    metrics = of_protocols(metric for classes in per_class for row in classes.values() for metric in row)
     lead = next((metric for metric in metrics if metric.endswith("/AP")), metrics[0] if metrics else "")
 
     def ap_of(name: str) -> float:
@@ -159,14 +164,15 @@ def _classes(splits: Sequence[SplitReport]) -> str:
 
 
 def _thresholds(splits: Sequence[SplitReport]) -> str:
-    chosen: dict[str, OperatingPoint] = {}
-    for split in splits:
-        chosen[split.analysis.chosen_on] = split.analysis.operating_point
+    # Of two splits under one choice the last one counts.
+    chosen = {split.analysis.chosen_on: split for split in splits}
     parts = []
-    for split_name, point in chosen.items():
+    for chosen_on, split in chosen.items():
+        point = split.analysis.operating_point
         rows = [("<b>all classes together</b>", *_threshold(point.overall))]
         rows += [(escape(name), *_threshold(threshold)) for name, threshold in point.per_class.items()]
-        head = (f"chosen on {escape(split_name)}", "threshold", "precision", "recall", "F1")
+        on = f"chosen on {escape(chosen_on)}, measured on {split.result.split}"
+        head = (on, "threshold", "precision", "recall", "F1")
         parts.append(f'<div class="scroll">{table(head, rows)}</div>')
     return "".join(parts) + (
         '<p class="reading">The score from which on to count detections for the highest F1 at IoU .50, and what that '

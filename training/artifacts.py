@@ -89,7 +89,7 @@ def write_scores(
         write_json(folder / f"foreground_{split}.json", asdict(content.foreground))
         picture = folder / f"foreground_{split}.png"
         foreground_chart(content.foreground, picture)
-        pictures.append(ExtraPicture(f"Why objects are missed: {split}", picture.read_bytes(), _FOREGROUND))
+        pictures.append(ExtraPicture(split, picture.read_bytes(), _FOREGROUND))
         reports.append(
             SplitReport(
                 content.result, content.precision_at_50, content.analysis, content.ground_truth, content.detections

@@ -60,7 +60,7 @@ def test_the_page_is_complete_and_needs_nothing_from_elsewhere(tmp_path: Path, t
     )  # fmt: skip
     check_self_contained(page)
     text = (tmp_path / "report.html").read_text()
-    assert re.findall("<h2>(.*?)</h2>", text) == [*SECTIONS[:-1], "More", SECTIONS[-1]]
+    assert re.findall("<h2>(.*?)</h2>", text) == [*SECTIONS[:-1], "Foreground and class score", SECTIONS[-1]]
     assert not re.findall(r"https?:|url\(|@import", text)
     assert page.text.count(HOSTILE) >= 10
     for words in ("0123456789ab", "v1", "coco/AP_small", "covered-half", "p50 ms 12.5", "What it shows."):
