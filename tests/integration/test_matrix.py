@@ -124,6 +124,10 @@ def check_faults(
     assert {run.info.status for run in matrix.mlflow_runs().values()} == {"FINISHED"}
     assert len(matrix.mlflow_runs()) == len(rows)
     assert matrix.parents() == ["FAILED", "FINISHED"]
+    (whole,) = (run for run in matrix.mlflow_runs("speck.train_all").values() if run.info.status == "FINISHED")
+    for name in datasets:
+        page = matrix.mlflow.download_artifacts(whole.info.run_id, f"comparison/{name}/comparison.html")
+        assert "Where they differ" in Path(page).read_text()
 
 
 def test_broken_cells_fail_alone_and_the_next_run_trains_exactly_those(matrix: Matrix) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from flows.evaluate import score_run
 from flows.settings import Settings
+from training.artifacts import read_operating_point
 from training.checkpoint import newest_first, verify_checkpoint
 from training.jobs import CellFailed, Cluster, Jobs, code_snapshot, embedded_cluster
 from training.meter import PROGRESS_MARK
@@ -38,7 +39,9 @@ MakeSpec = Callable[..., RunSpec]
 TWO_WORKERS = ComputeSpec(workers=2, max_failures=2)
 ARTIFACTS = {
     "weights.safetensors", "spec.json", "seconds.json", "score_val.json", "score_test.json", "detections_val.json",
-    "detections_test.json", "pr_curve_test.png", "predictions_test.jpg", "training_curves.png",
+    "detections_test.json", "pr_curve_test.png", "predictions_test.jpg", "training_curves.png", "operating_point.json",
+    "analysis_val.json", "analysis_test.json", "foreground_val.json", "foreground_test.json", "foreground_val.png",
+    "foreground_test.png", "report.html",
 }  # fmt: skip
 
 pytestmark = pytest.mark.timeout(300)
@@ -170,7 +173,8 @@ def test_the_stored_weights_give_the_stored_score(finished: Finished, tiny: Any)
     model = build_model(spec)
     model.load_state_dict(load_file(artifacts / "weights.safetensors"))
     for split, stored in finished.result.scores.items():
-        again = score_split(spec, model, tiny.folder, split, Workers(0, 1, torch.device("cpu")))
+        alone, chosen = Workers(0, 1, torch.device("cpu")), read_operating_point(artifacts)
+        again = score_split(spec, model, tiny.folder, split, alone, operating_point=chosen)
         assert again is not None
         assert again.result.score_key == stored.score_key
         assert again.result.counts == stored.counts
