@@ -283,7 +283,8 @@ def _print_report(report: Report, storage: Path, as_json: bool) -> None:
     for table in as_tables(report.rows):
         console.print(table)
     for row in report.rows:
-        outcome = f"failed: {row.error}" if row.error else f"pictures in {storage / row.run_key / 'artifacts'}"
+        page = storage / row.run_key / "artifacts" / "report.html"
+        outcome = f"failed: {row.error}" if row.error else f"report in {page}"
         typer.echo(f"{row.title}: {outcome}")
     typer.echo(spent(report.rows))
     typer.echo("compare runs in the browser: make ui")
