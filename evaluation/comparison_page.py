@@ -13,6 +13,7 @@ from evaluation.error_pictures import enlarged, legend, marks_of, shown_zoom, wh
 from evaluation.ignore import IgnoreRule
 from evaluation.matching import ImageMatches, match
 from evaluation.report_page import STYLE, class_names
+from evaluation.significance import Comparison
 
 _SHOWN_PX = 540
 
@@ -44,9 +45,10 @@ def write_comparison(
     sides: tuple[Side, Side],
     *,
     ignore_rule: IgnoreRule,
+    comparison: Comparison | None = None,
     num_images: int = 12,
 ) -> None:
-    """Write the page. Images are ordered by objects that only one run found plus the gap in false positives.
+    """Write the page, with the table of a `comparison` of the two, if given. Images are ordered by objects that only one run found plus the gap in false positives.
 
     Raises:
         BadGroundTruth, BadDetections: see `evaluation.checks`.
@@ -70,11 +72,32 @@ def write_comparison(
         f"found.</p>{legend()}"
     )
     sections = {
+        **({} if comparison is None else {"Metrics": _metrics(comparison, sides)}),
         "Objects": _totals(differences, sides),
         "Where they differ": reading + pictures if shown else "<p>No image has another outcome.</p>",
     }
     page = document(title, f"<h1>{escape(title)}</h1>", sections, STYLE.read_text(encoding="utf-8"))
     path.write_text(page, encoding="utf-8")
+
+
+def _metrics(comparison: Comparison, sides: tuple[Side, Side]) -> str:
+    a, b = (escape(side.name) for side in sides)
+    rows = [
+        (
+            escape(name), f"{found.first:.3f}", f"{found.second:.3f}", f"{found.difference:+.3f}",
+            f"{found.low:+.3f} to {found.high:+.3f}", found.verdict or "",
+        )
+        for name, found in comparison.metrics.items()
+        if found.first is not None and found.second is not None and found.difference is not None
+        and found.low is not None and found.high is not None
+    ]  # fmt: skip
+    head = ("", a, b, "difference", f"{comparison.confidence:.0%} interval", "the second is")
+    return (
+        f'<div class="scroll">{table(head, rows)}</div><p class="reading">Paired bootstrap: both are scored on the same '
+        f"{comparison.num_samples:,} samples of {comparison.num_groups:,} groups of {comparison.num_images:,} images. "
+        "The interval holds the differences that other pictures of the same kind would give; it does not see what "
+        "another training seed would.</p>"
+    )
 
 
 def _differences(

@@ -112,8 +112,9 @@ def compare_runs(
             Side(f"{run.spec.architecture.label} {run.run_key}", found, (point or NO_OPERATING_POINT).shown_score)
             for run, found, point in zip((first, second), detections, points, strict=True)
         ]
+        page = out / "comparison.html"
         write_comparison(
-            out / "comparison.html", folder / "images", truth, (sides[0], sides[1]), ignore_rule=options.ignore_rule
+            page, folder / "images", truth, (sides[0], sides[1]), ignore_rule=options.ignore_rule, comparison=comparison
         )
     return compared
 
