@@ -48,7 +48,9 @@ def write_comparison(
     comparison: Comparison | None = None,
     num_images: int = 12,
 ) -> None:
-    """Write the page, with the table of a `comparison` of the two, if given. Images are ordered by objects that only one run found plus the gap in false positives.
+    """Write the page, with the table of a `comparison` of the two, if given.
+
+    Images are ordered by objects that only one run found plus the gap in false positives.
 
     Raises:
         BadGroundTruth, BadDetections: see `evaluation.checks`.
@@ -93,8 +95,8 @@ def _metrics(comparison: Comparison, sides: tuple[Side, Side]) -> str:
     ]  # fmt: skip
     head = ("", a, b, "difference", f"{comparison.confidence:.0%} interval", "the second is")
     return (
-        f'<div class="scroll">{table(head, rows)}</div><p class="reading">Paired bootstrap: both are scored on the same '
-        f"{comparison.num_samples:,} samples of {comparison.num_groups:,} groups of {comparison.num_images:,} images. "
+        f'<div class="scroll">{table(head, rows)}</div><p class="reading">Paired bootstrap: both are scored on the '
+        f"same {comparison.num_samples:,} samples of {comparison.num_groups:,} groups of {comparison.num_images:,} images. "
         "The interval holds the differences that other pictures of the same kind would give; it does not see what "
         "another training seed would.</p>"
     )
