@@ -97,8 +97,8 @@ def _metrics(comparison: Comparison, sides: tuple[Side, Side]) -> str:
     return (
         f'<div class="scroll">{table(head, rows)}</div><p class="reading">Paired bootstrap: both are scored on the '
         f"same {comparison.num_samples:,} samples of {comparison.num_groups:,} groups of {comparison.num_images:,} "
-        "images. The interval holds the differences that other pictures of the same kind would give; it does not see what "
-        "another training seed would.</p>"
+        "images. The interval holds the differences that other pictures of the same kind would give; it does not see "
+        "what another training seed would.</p>"
     )
 
 

@@ -201,10 +201,14 @@ def test_two_workers_score_as_one_does_and_leave_nothing(
     monkeypatch.setattr("flows.evaluate.embedded_cluster", lambda _: nullcontext(service.cluster))
     weights, before = finished.folder / "artifacts" / "weights.safetensors", set(service.storage.iterdir())
     lines: list[str] = []
+    # As many as each worker has: more sum in another order.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     (alone, together) = (
         score_run(finished.spec, weights, Settings(), ["train"], workers=workers, say=lines.append)[1]["train"]
         for workers in (1, 2)
     )
+    torch.set_num_threads(threads)
     assert together.detections == alone.detections
     assert together.result == alone.result
     assert together.result.counts["num_detected_images"] == 24
