@@ -58,7 +58,7 @@ def resample(outcomes: Outcomes, weights: Floats, num_classes: int, *, all_point
         whole = block.astype(np.int64)
         for label, area in np.ndindex(num_classes, num_areas):
             is_truth = outcomes.is_scored[area] & (outcomes.truths.label == label)
-            num_truths = _per_image(outcomes.truths.image[is_truth], num_images) @ block
+            num_truths = _weight_of(_per_image(outcomes.truths.image[is_truth], num_images)[None], block)[0]
             rows = np.flatnonzero((outcomes.detections.label == label) & is_counted[area])
             found = _Walk(
                 outcomes.detections.image[rows],
@@ -132,7 +132,7 @@ class _Walk(NamedTuple):
 
     def _totals(self, mask: NDArray[np.bool_], weights: Floats) -> Floats:
         """Weight of the detections that each row of a mask (K, N) names, (K, S)."""
-        return np.array([_per_image(self.images[row], len(weights)) for row in mask]) @ weights
+        return _weight_of(np.array([_per_image(self.images[row], len(weights)) for row in mask]), weights)
 
     def _spans(self) -> dict[int, list[slice]]:
         """By detection, the ranges of thresholds at which it is a hit."""
@@ -160,3 +160,12 @@ def _points_reached(num_truths: NDArray[np.int64]) -> tuple[NDArray[np.uint8], N
 
 def _per_image(images: NDArray[np.int64], num_images: int) -> Floats:
     return np.bincount(images, minlength=num_images).astype(np.float64)
+
+
+def _weight_of(counts: Floats, weights: Floats) -> Floats:
+    """(K, S) from counts by image (K, I) and weights (I, S).
+
+    Not by `@`: the threads of a BLAS go on spinning after each of many small products, and take the other cores.
+    """
+    total: Floats = np.einsum("ki,is->ks", counts, weights)
+    return total

@@ -100,7 +100,7 @@ def visdrone_samples(outcomes: Outcomes, weights: Floats, class_names: tuple[str
     contains = np.zeros((len(class_names), len(weights)))
     scored = outcomes.truths.take(outcomes.is_scored[0] & (outcomes.truths.label < len(class_names)))
     contains[scored.label, scored.image] = 1
-    frequency = (contains @ weights).T
+    frequency = np.einsum("ci,is->sc", contains, weights)
     metrics = {
         "visdrone/AP": _class_mean(ap.mean(axis=1), frequency),
         "visdrone/AP50": _class_mean(ap[:, 0], frequency),
