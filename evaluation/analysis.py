@@ -26,7 +26,7 @@ def analyse(
     """Analyse one split by COCO's rules at IoU .50, with `max_dets` detections per image and class.
 
     Without `operating_point` this split, `chosen_on`, chooses it. What is said "at the operating point" is said at its
-    overall threshold for all classes; where it has none, at all scores, and no point is marked in `inspection`.
+    `shown_score`, one for all classes.
 
     Raises:
         ValueError: `max_dets` is below 1.
@@ -34,7 +34,7 @@ def analyse(
     truths, detections, _ = scored_rows(tables, ignore_rule)
     judged = judge(truths, detections, tables.class_names, max_dets)
     chosen = operating_point or choose_operating_point(judged)
-    threshold = chosen.overall.score if chosen.overall else 0.0
+    threshold = chosen.shown_score
     num_in_regions = (tables.detections.scores >= threshold).sum() - (detections.scores >= threshold).sum()
     num_on_crowds = (~judged.is_counted & (judged.detections.scores >= threshold)).sum()
     return Analysis(
@@ -44,7 +44,7 @@ def analyse(
         recall_by_size(judged, threshold),
         confusion(judged, threshold),
         reliability(judged),
-        inspection(tables, judged, threshold if chosen.overall else None),
+        inspection(tables, judged, threshold),
         IgnoredHits(int(num_in_regions), int(num_on_crowds)),
     )
 
@@ -60,9 +60,9 @@ def headline(analysis: Analysis) -> Score:
         "precision": None if overall is None else overall.precision,
         "recall": None if overall is None else overall.recall,
         "f1": None if overall is None else overall.f1,
-        "escape_rate": None if at is None else at.escape_rate,
-        "overkill_rate": None if at is None else at.overkill_rate,
-        "false_positives_per_clean_image": None if at is None else at.false_positives_per_clean_image,
+        "escape_rate": at.escape_rate,
+        "overkill_rate": at.overkill_rate,
+        "false_positives_per_clean_image": at.false_positives_per_clean_image,
         "calibration_error": analysis.reliability.expected_calibration_error,
     }
     metrics |= {f"lost_AP50_{name.replace(' ', '_')}": lost for name, lost in analysis.error_types.lost_ap50.items()}

@@ -13,25 +13,28 @@ SIZES_PX: dict[str, tuple[float, float]] = {
     "64 px and more": (64, float("inf")),
 }  # fmt: skip
 
-# For pictures of a split on which no threshold is best.
+# Where nothing was found no threshold is best.
 UNKNOWN_THRESHOLD = 0.3
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A score from which detections count, and what that gives at IoU .50; F1 is the harmonic mean of both."""
+    """A score from which detections count, and what that gives at IoU .50; F1 is the harmonic mean of both.
+
+    What it gives is None where there are no objects: the score was chosen on another split.
+    """
 
     score: float
-    precision: float
-    recall: float
-    f1: float
+    precision: float | None
+    recall: float | None
+    f1: float | None
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
     """Thresholds of the highest F1: one for all classes together, and by class name; None where there is none.
 
-    That is where no threshold gave a hit on the split it was chosen on; as measured on another, also without objects.
+    That is where no threshold gave a hit on the split it was chosen on.
     """
 
     overall: Threshold | None
@@ -39,7 +42,7 @@ class OperatingPoint:
 
     @property
     def shown_score(self) -> float:
-        """The score from which detections count in pictures."""
+        """The score from which detections count: the overall threshold, or UNKNOWN_THRESHOLD where it has none."""
         return UNKNOWN_THRESHOLD if self.overall is None else self.overall.score
 
 
@@ -128,7 +131,7 @@ class Inspection:
 
     num_images_with_objects: int
     num_images_without: int
-    at_operating_point: InspectionPoint | None
+    at_operating_point: InspectionPoint
     curve: list[InspectionPoint]
 
 

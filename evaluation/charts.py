@@ -202,7 +202,7 @@ def inspection_chart(inspection: Inspection) -> str:
     known = [
         (point.overkill_rate, point.escape_rate, point.threshold)
         for point in (*inspection.curve, inspection.at_operating_point)
-        if point is not None and point.overkill_rate is not None and point.escape_rate is not None
+        if point.overkill_rate is not None and point.escape_rate is not None
     ]
     known.sort(key=lambda point: (point[2], -point[1]))
     parts = [_unit_grid("overkill rate: good images in which something is reported", "escape rate")]
@@ -212,7 +212,7 @@ def inspection_chart(inspection: Inspection) -> str:
         for x, y, threshold in known
     ]
     here, title = inspection.at_operating_point, "Escape rate over overkill rate"
-    if here is not None and here.overkill_rate is not None and here.escape_rate is not None:
+    if here.overkill_rate is not None and here.escape_rate is not None:
         words = f"threshold {here.threshold:.3f}: escape {here.escape_rate:.3f}, overkill {here.overkill_rate:.3f}"
         x, y = _x(here.overkill_rate), _y(here.escape_rate)
         parts.append(

@@ -48,7 +48,9 @@ def error_types(judged: Judged, threshold: float) -> ErrorTypes:
     The paper leaves open: the order of the types (that of its authors' tool here); whether a mended detection may
     take an object from a hit of a lower score (no, as there); what a bound belongs to (the better overlap); AP of a
     class whose objects were all missed, once they need not be found (1 if no detection of it is wrong, else 0).
-    Other than that tool: COCO's limit on detections and matching, and classes without objects have no AP.
+    Other than that tool: COCO's limit on detections and matching; classes without objects have no AP; and of the
+    errors that stand for one object the best of each type is mended, there the best of `class` and `localisation`
+    together.
     """
     errors = _classified(judged)
     above = judged.detections.scores >= threshold

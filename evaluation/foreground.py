@@ -164,6 +164,7 @@ class ForegroundReport:
 
     `points`: (foreground, class score) by outcome, all or a random MAX_POINTS of them, to draw; `num_points_left_out`
     are the others. `num_not_scored` objects were seen but neither found nor missed: in ignore regions.
+    `num_not_observed` were found or missed but no picture showed any of them.
     """
 
     score_threshold: float
@@ -173,6 +174,7 @@ class ForegroundReport:
     points: dict[Outcome, list[tuple[float, float]]]
     num_points_left_out: int
     num_not_scored: int
+    num_not_observed: int
 
 
 def foreground_report(
@@ -187,21 +189,14 @@ def foreground_report(
 
     `rows` come from the observers of all workers; of several for one object, from tiles or workers, the one with the
     highest product counts. `missed` and `found` are ids of COCO `annotations`.
-
-    Raises:
-        ValueError: a missed or found object has no row, as when not all pictures were observed.
     """
     best: dict[int, ObjectScore] = {}
     for row in rows:
         known = best.setdefault(row.annotation_id, row)
         if row.foreground * row.class_score > known.foreground * known.class_score:
             best[row.annotation_id] = row
-    if unseen := sorted((missed | found) - best.keys()):
-        raise ValueError(
-            f"{len(unseen)} annotations were scored but never observed, such as {unseen[:5]}; observe every picture of "
-            "the ground truth, and join the rows of all workers"
-        )
-    scored = [annotation for annotation in annotations if annotation["id"] in missed or annotation["id"] in found]
+    seen = (missed | found) & best.keys()
+    scored = [annotation for annotation in annotations if annotation["id"] in seen]
     chosen = [best[annotation["id"]] for annotation in scored]
     scores = np.array([(row.foreground, row.class_score) for row in chosen], np.float64).reshape(-1, 2)
     is_missed = np.array([row.annotation_id in missed for row in chosen], bool)
@@ -229,6 +224,7 @@ def foreground_report(
         points={name: [(x, y) for x, y in scores[part].tolist()] for name, part in by_outcome.items()},
         num_points_left_out=len(chosen) - len(drawn),
         num_not_scored=len(best) - len(chosen),
+        num_not_observed=len(missed | found) - len(chosen),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.tables import DetectionTable, TruthTable
+from evaluation.tables import DetectionTable, TruthTable, rows_by_image
 
 IgnoreRule = Literal["none", "covered-half"]
 
@@ -26,9 +26,8 @@ def in_ignore_regions(
     ignored = np.zeros(len(table.image), dtype=bool)
     if rule == "none":
         return ignored
-    for image, regions in enumerate(regions_xywh_px):
+    for rows, regions in zip(rows_by_image(table, len(regions_xywh_px)), regions_xywh_px, strict=True):
         if len(regions):
-            rows = np.flatnonzero(table.image == image)
             ignored[rows] = covered_by_half(table.boxes_xywh_px[rows], regions)
     return ignored
 

@@ -15,8 +15,8 @@ from evaluation.tables import Tables
 _THRESHOLDS: NDArray[np.float64] = np.arange(101) / 100
 
 
-def inspection(tables: Tables, judged: Judged, threshold: float | None) -> Inspection:
-    """Rates at the operating point, None without one, and at 0, .01, ... 1.
+def inspection(tables: Tables, judged: Judged, threshold: float) -> Inspection:
+    """Rates at the operating point, and at 0, .01, ... 1.
 
     An image with objects escapes when nothing is reported in it. Anything reported catches it, also of another class
     or elsewhere in the image: this says nothing about finding the defect itself, which recall does. What is ignored,
@@ -30,7 +30,7 @@ def inspection(tables: Tables, judged: Judged, threshold: float | None) -> Inspe
     highest = np.full(num_images, -1.0)
     np.maximum.at(highest, image, scores)
 
-    thresholds = _THRESHOLDS if threshold is None else np.append(_THRESHOLDS, threshold)
+    thresholds = np.append(_THRESHOLDS, threshold)
     rates = (
         _rates(_num_below(highest[has_objects], thresholds), has_objects),
         _rates(is_clean.sum() - _num_below(highest[is_clean], thresholds), is_clean),
@@ -40,7 +40,7 @@ def inspection(tables: Tables, judged: Judged, threshold: float | None) -> Inspe
     return Inspection(
         int(has_objects.sum()),
         int(is_clean.sum()),
-        None if threshold is None else points[-1],
+        points[-1],
         points[: len(_THRESHOLDS)],
     )
 

@@ -34,9 +34,9 @@ def choose_operating_point(judged: Judged) -> OperatingPoint:
 
 
 def measure_operating_point(judged: Judged, chosen: OperatingPoint) -> OperatingPoint:
-    """The same scores and what they give here; None without objects here, or where `chosen` has none.
+    """The same scores and what they give here; None where `chosen` has none.
 
-    Precision is 0 where nothing is reported.
+    Without objects here they give None, with objects precision is 0 where nothing is reported.
     """
     return OperatingPoint(
         _measured(_part(judged), chosen.overall),
@@ -66,7 +66,9 @@ def _best(part: _Part) -> Threshold | None:
 
 
 def _measured(part: _Part, chosen: Threshold | None) -> Threshold | None:
-    return _threshold(part, chosen.score) if chosen and part.num_objects else None
+    if chosen is None or part.num_objects:
+        return None if chosen is None else _threshold(part, chosen.score)
+    return Threshold(chosen.score, precision=None, recall=None, f1=None)
 
 
 def _threshold(part: _Part, score: float) -> Threshold:

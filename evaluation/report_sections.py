@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.page import table
-from evaluation.analysis_records import Analysis, InspectionPoint, SizeRecall, Threshold
+from evaluation.analysis_records import Analysis, SizeRecall, Threshold
 from evaluation.charts import (
     ap_bars,
     confusion_table,
@@ -163,16 +163,19 @@ def _classes(splits: Sequence[SplitReport]) -> str:
     )  # fmt: skip
 
 
+_GIVEN = ("precision", "recall", "F1")
+
+
 def _thresholds(splits: Sequence[SplitReport]) -> str:
-    # Of two splits under one choice the last one counts.
-    chosen = {split.analysis.chosen_on: split for split in splits}
     parts = []
-    for chosen_on, split in chosen.items():
-        point = split.analysis.operating_point
-        rows = [("<b>all classes together</b>", *_threshold(point.overall))]
-        rows += [(escape(name), *_threshold(threshold)) for name, threshold in point.per_class.items()]
-        on = f"chosen on {escape(chosen_on)}, measured on {split.result.split}"
-        head = (on, "threshold", "precision", "recall", "F1")
+    for chosen_on in dict.fromkeys(split.analysis.chosen_on for split in splits):
+        under = [split for split in splits if split.analysis.chosen_on == chosen_on]
+        points = [split.analysis.operating_point for split in under]
+        names = dict.fromkeys(name for point in points for name in point.per_class)
+        rows = [("<b>all classes together</b>", *_gives([point.overall for point in points]))]
+        rows += [(escape(name), *_gives([point.per_class.get(name) for point in points])) for name in names]
+        measured = [f"{what}<br><small>{split.result.split}</small>" for split in under for what in _GIVEN]
+        head = (f"chosen on {escape(chosen_on)}", "threshold", *measured)
         parts.append(f'<div class="scroll">{table(head, rows)}</div>')
     return "".join(parts) + (
         '<p class="reading">The score from which on to count detections for the highest F1 at IoU .50, and what that '
@@ -209,7 +212,9 @@ def _inspection(splits: Sequence[SplitReport]) -> str:
     def draw(split: SplitReport) -> str:
         inspection = split.analysis.inspection
         with_objects, without = inspection.num_images_with_objects, inspection.num_images_without
-        numbers = _inspection_table(inspection.at_operating_point)
+        point = asdict(inspection.at_operating_point)
+        rows = [(name.replace("_", " "), number(value)) for name, value in point.items()]
+        numbers = table(("at the operating point", ""), rows)
         said = f"<p>{with_objects:,} images with objects, {without:,} without.</p>" + numbers
         if not with_objects or not without:
             return f"{said}<p>Without images of both kinds there is no curve.</p>"
@@ -222,20 +227,20 @@ def _inspection(splits: Sequence[SplitReport]) -> str:
     )  # fmt: skip
 
 
-def _inspection_table(point: InspectionPoint | None) -> str:
-    if point is None:
-        return "<p>No operating point: there is no ground truth to choose it on.</p>"
-    rows = [(name.replace("_", " "), number(value)) for name, value in asdict(point).items()]
-    return table(("at the operating point", ""), rows)
-
-
 def _side_by_side(splits: Sequence[SplitReport], draw: Callable[[SplitReport], str], reading: str) -> str:
     figures = "".join(f"<figure><h3>{split.result.split}</h3>{draw(split)}</figure>" for split in splits)
     return f'<div class="charts">{figures}</div><p class="reading">{reading}</p>'
 
 
-def _threshold(threshold: Threshold | None) -> tuple[str, ...]:
-    return (UNKNOWN,) * 4 if threshold is None else tuple(f"{value:.3f}" for value in asdict(threshold).values())
+def _gives(thresholds: Sequence[Threshold | None]) -> tuple[str, ...]:
+    """One score, and what it gives on each split."""
+    score = next((threshold.score for threshold in thresholds if threshold is not None), None)
+    given = [
+        value
+        for threshold in thresholds
+        for value in ((None,) * 3 if threshold is None else (threshold.precision, threshold.recall, threshold.f1))
+    ]
+    return number(score), *map(number, given)
 
 
 def _metric_name(metric: str) -> str:

@@ -16,7 +16,7 @@ from evaluation.ignore import IgnoreRule
 from evaluation.outcomes import Outcomes, outcomes_of
 from evaluation.protocols import ProtocolName
 from evaluation.tables import Tables
-from evaluation.uavdt import pooled_outcomes
+from evaluation.uavdt import class_aware_outcomes, pooled_outcomes
 from evaluation.visdrone import VisDroneOutcomes, visdrone_outcomes
 from evaluation.voc import RankedOutcomes, voc_outcomes
 
@@ -48,11 +48,21 @@ def samples_by(
         outcomes = _in_one_view(drone, drone.is_hit[-1], drone.is_counted)
         own = visdrone_samples(outcomes, weights, tables.class_names, max_dets=drone.limits[-1])
     else:
-        pooled, _ = pooled_outcomes(tables)
-        ap, _ = resample(_at_one_iou(pooled), weights, 1, all_points=True)
-        own = Samples({"uavdt/AP70": ap[:, 0, 0, 0]}, {})
+        own = uavdt_samples(tables, weights)
     per_class = {name: values | own.per_class.get(name, {}) for name, values in coco.per_class.items()}
     return Samples(coco.metrics | own.metrics, per_class)
+
+
+def uavdt_samples(tables: Tables, weights: Floats) -> Samples:
+    """UAVDT's AP70 of all classes as one, and the class-aware AP70, which has a value for each class."""
+    pooled, _ = pooled_outcomes(tables)
+    as_one, _ = resample(_at_one_iou(pooled), weights, 1, all_points=True)
+    aware, _ = resample(_at_one_iou(class_aware_outcomes(tables)), weights, len(tables.class_names), all_points=True)
+    by_class, name = aware[:, 0, 0], "uavdt/AP70_class_aware"
+    return Samples(
+        {"uavdt/AP70": as_one[:, 0, 0, 0], name: _class_mean(by_class)},
+        {class_name: {name: by_class[:, label]} for label, class_name in enumerate(tables.class_names)},
+    )
 
 
 def _at_one_iou(ranked: RankedOutcomes) -> Outcomes:

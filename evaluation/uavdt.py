@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from evaluation.matching import NOT_MATCHED, match_greedily, overlapping
 from evaluation.score import Score
-from evaluation.tables import DetectionTable, Tables, TruthTable
+from evaluation.tables import DetectionTable, Tables, TruthTable, rows_by_image
 from evaluation.voc import RankedOutcomes, average_precision, by_class_and_score, mean_over_classes
 
 Table = TypeVar("Table", TruthTable, DetectionTable)
@@ -79,6 +79,12 @@ def pooled_outcomes(tables: Tables) -> tuple[RankedOutcomes, NDArray[np.bool_]]:
     return uavdt_outcomes(_as_one_class(tables.truths), _as_one_class(detections)), is_dropped
 
 
+def class_aware_outcomes(tables: Tables) -> RankedOutcomes:
+    """What became of the detections when each has to find an object of its own class."""
+    kept = ~strictly_inside_regions(tables.detections, tables)
+    return uavdt_outcomes(tables.truths, tables.detections.take(kept))
+
+
 def _as_one_class(table: Table) -> Table:
     return table._replace(label=np.zeros_like(table.label))
 
@@ -98,13 +104,10 @@ def uavdt_outcomes(truths: TruthTable, detections: DetectionTable) -> RankedOutc
 def strictly_inside_regions(detections: DetectionTable, tables: Tables) -> NDArray[np.bool_]:
     """True for each detection that lies in an ignore region of its image and touches none of its sides; bool (N,)."""
     inside = np.zeros(len(detections.image), bool)
-    order = np.argsort(detections.image, kind="stable")
-    ends = np.searchsorted(detections.image[order], np.arange(len(tables.image_ids) + 1))
-    for image, regions in enumerate(tables.ignore_regions_xywh_px):
-        if not len(regions) or PurePosixPath(tables.file_names[image]).parent.name in IGNORE_REGIONS_NOT_READ:
-            continue
-        rows = order[ends[image] : ends[image + 1]]
-        inside[rows] = lies_inside(detections.boxes_xywh_px[rows], regions)
+    by_image = rows_by_image(detections, len(tables.image_ids))
+    for rows, name, regions in zip(by_image, tables.file_names, tables.ignore_regions_xywh_px, strict=True):
+        if len(regions) and PurePosixPath(name).parent.name not in IGNORE_REGIONS_NOT_READ:
+            inside[rows] = lies_inside(detections.boxes_xywh_px[rows], regions)
     return inside
 
 

@@ -21,7 +21,7 @@ from evaluation.ignore import covered_area_px
 from evaluation.matching import NOT_MATCHED, Pairs, match_greedily, overlapping, ranks
 from evaluation.outcomes import IOU_THRESHOLDS
 from evaluation.score import Score
-from evaluation.tables import DetectionTable, Tables, TruthTable
+from evaluation.tables import DetectionTable, Tables, TruthTable, rows_by_image
 from evaluation.voc import average_precision
 
 # Detections of this class use up the limit, and are not scored; nor are its objects: a detection on one is a false
@@ -172,12 +172,10 @@ def in_ignored_pixels(table: TruthTable | DetectionTable, tables: Tables) -> NDA
             f"{', '.join(map(repr, unknown[:_MAX_NAMED]))}; the protocol needs it: add it (speck score: --image-sizes)"
         )
     ignored = np.zeros(len(table.image), bool)
-    order = np.argsort(table.image, kind="stable")
-    ends = np.searchsorted(table.image[order], np.arange(len(regions) + 1))
-    for image in (image for image, found in enumerate(regions) if len(found)):
-        rows = order[ends[image] : ends[image + 1]]
-        boxes_xywh_px = table.boxes_xywh_px[rows]
-        ignored[rows] = covered_fraction(boxes_xywh_px, regions[image], tables.image_sizes_px[image]) >= 0.5
+    by_image = zip(rows_by_image(table, len(regions)), regions, tables.image_sizes_px, strict=True)
+    for rows, found, size_px in by_image:
+        if len(found):
+            ignored[rows] = covered_fraction(table.boxes_xywh_px[rows], found, size_px) >= 0.5
     return ignored
 
 

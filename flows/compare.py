@@ -179,7 +179,12 @@ def notes_on(compared: ComparedRuns) -> list[str]:
         f"resampled: {drawn}{of_images} ({grouping.source}), {comparison.num_samples} times, seed {comparison.seed}"
     ]
     one, two = (run.scores[split].options.model_dump() for run in (first, second))
-    differing = [f"{name} {one[name]} and {two[name]}" for name in one if one[name] != two[name]]
+    # What is off or as usual is left out of a dump.
+    differing = [
+        f"{name} {one.get(name, 'as usual')} and {two.get(name, 'as usual')}"
+        for name in one | two
+        if one.get(name) != two.get(name)
+    ]
     if differing:
         notes.append(f"detected under different options, which is part of the difference: {', '.join(differing)}")
     if comparison.num_groups < FEW_GROUPS:

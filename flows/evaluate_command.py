@@ -101,7 +101,9 @@ def _print(scored: Scored, latency: Latency | None) -> None:
     )
     typer.echo("  " + ", ".join(f"{name.removeprefix('num_')} {count}" for name, count in result.counts.items()))
     for name, value in result.metrics.items():
-        typer.echo(f"  {name:20} {'no ground truth' if value is None else f'{value:.4f}'}")
+        typer.echo(f"  {name:40} {'-' if value is None else f'{value:.4f}'}")
+    if scored.analysis.chosen_on == result.split == "test":
+        typer.echo("  note: nothing on val chose the thresholds of analysis/...: test did, which flatters them")
     if latency is not None:
         what = "images" if tiling is None else "tiles"
         tiles = "" if tiling is None else f"; {latency.inputs_per_image:.1f} tiles an image"

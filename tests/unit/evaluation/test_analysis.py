@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from evaluation.analysis import analyse
 from evaluation.analysis_records import (
     SIZES_PX,
+    UNKNOWN_THRESHOLD,
     Analysis,
     IgnoredHits,
     Inspection,
@@ -77,14 +78,15 @@ def test_of_equal_f1_the_higher_threshold_and_equal_scores_count_together() -> N
 
 
 @pytest.mark.parametrize(("objects", "found"), [([], [(1, A, 0.9)]), ([(1, A)], []), ([(1, A)], [(1, B, 0.9)])])
-def test_without_a_hit_there_is_no_operating_point_and_all_detections_are_looked_at(
+def test_without_a_hit_there_is_no_operating_point_and_a_stated_score_is_looked_at(
     objects: list[tuple[int, Box]], found: list[tuple[int, Box, float]]
 ) -> None:
     analysis = small_scene(objects, found)
     assert analysis.operating_point == OperatingPoint(None, {"class-1": None, "class-2": None})
-    assert analysis.inspection.at_operating_point is None
+    assert analysis.inspection.at_operating_point.threshold == UNKNOWN_THRESHOLD
     assert len(analysis.inspection.curve) == 101
     assert analysis.confusion.counts == [[0, 0, len(objects)], [0, 0, 0], [len(found), 0, 0]]
+    assert small_scene(objects, [(1, C, 0.2)]).confusion.counts[2][0] == 0
 
 
 def test_test_is_judged_at_the_thresholds_of_val() -> None:
@@ -95,13 +97,12 @@ def test_test_is_judged_at_the_thresholds_of_val() -> None:
     test = analysis_of(make_scene(objects, found, num_images=1, num_classes=2), operating_point=stored)
     assert test.operating_point == OperatingPoint(
         Threshold(0.6, precision=1 / 2, recall=1 / 2, f1=1 / 2),
-        {"class-1": Threshold(0.6, precision=1.0, recall=1 / 2, f1=2 / 3), "class-2": None},
+        {"class-1": Threshold(0.6, precision=1.0, recall=1 / 2, f1=2 / 3), "class-2": Threshold(0.8, None, None, None)},
     )
-    assert test.inspection.at_operating_point is not None
     assert test.inspection.at_operating_point.threshold == 0.6
     # Parts without any defect: there is nothing to recall, yet overkill at val's threshold can be told.
     good = analysis_of(make_scene([], found, num_images=2, num_classes=2), operating_point=stored)
-    assert good.operating_point.overall is None
+    assert good.operating_point.overall == Threshold(0.6, None, None, None)
     assert good.inspection.at_operating_point == InspectionPoint(0.6, None, 1 / 2, 1.0)
 
 
@@ -162,7 +163,7 @@ def _check_inspection(inspection: Inspection, plain: PlainAnalysis) -> None:
     with_objects = {o.image for o in plain.objects}
     clean = set(range(plain.num_images)) - plain.annotated
     assert (inspection.num_images_with_objects, inspection.num_images_without) == (len(with_objects), len(clean))
-    points = [*inspection.curve, *([inspection.at_operating_point] if inspection.at_operating_point else [])]
+    points = [*inspection.curve, inspection.at_operating_point]
     for point in points:
         reported = [d.image for d in plain.detections if d.score >= point.threshold]
         escaped, stopped = with_objects - set(reported), clean & set(reported)
@@ -185,7 +186,7 @@ def _compare(scene: Scene, max_dets: int) -> None:
     expected = [plain.threshold(label) for label in (None, *range(plain.num_classes))]
     for threshold, values in zip(thresholds, expected, strict=True):
         assert (threshold and tuple(asdict(threshold).values())) == (values and pytest.approx(values, abs=1e-12))
-    threshold = expected[0][0] if expected[0] else 0.0
+    threshold = expected[0][0] if expected[0] else UNKNOWN_THRESHOLD
 
     counts = analysis.confusion.counts
     assert counts == plain.confusion(threshold)

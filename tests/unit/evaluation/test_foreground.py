@@ -360,9 +360,10 @@ def test_a_report_is_json_and_an_empty_one_too() -> None:
         assert stored["overall"]["missed"]["num_objects"] == len(stored["points"]["missed"])
 
 
-def test_a_scored_object_that_nobody_observed_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"2 annotations were scored but never observed, such as \[2, 3\]"):
-        report([(0.1, 0.9)], [4, 4, 4], missed={1, 3}, found={2})
+def test_scored_objects_that_nobody_observed_are_counted() -> None:
+    made = report([(0.1, 0.9)], [4, 4, 4], missed={1, 3}, found={2})
+    assert made.num_not_observed == 2
+    assert (made.overall["missed"].num_objects, made.overall["found"].num_objects) == (1, 0)
 
 
 def test_of_many_points_some_are_drawn_and_the_others_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,3 +140,15 @@ def test_frames_of_a_sequence_are_drawn_together(tiny: Any) -> None:
     assert group_images(names, card(splits=as_given)).groups == [0, 1, 0]
     with pytest.raises(NotComparable, match=r"'night\.png' does not match the card's"):
         group_images(["night.png"], card(splits=by_rule))
+
+
+@pytest.mark.parametrize("change", [{"flip": True}, {"tiling": {"size_px": 64, "overlap_px": 8}}])
+def test_options_that_only_one_of_the_two_has_are_told(
+    finish: Finish, tiny_spec: Callable[..., RunSpec], change: dict[str, Any]
+) -> None:
+    scoring = ScoringSpec.model_validate(change)
+    usual, other = finish(tiny_spec(seed=0), 1.0), finish(tiny_spec(seed=1, scoring=scoring), 1.0)
+    for pair in ((usual, other), (other, usual)):
+        answer = speck(*pair, "--samples", "5")
+        assert answer.exit_code == 0, answer.exception
+        assert f"which is part of the difference: {next(iter(change))} " in answer.output
