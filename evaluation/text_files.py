@@ -98,6 +98,7 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tabl
     for sequence in sequences:
         truth = read_numbers(ground_truth / f"{sequence}{_WHOLE}", _UAVDT_TRUTH, problems)
         _require_category(truth, 8, categories, problems)
+        _require_own_ids(truth, problems)
         of_sequence = {"truths": truth}
         if sequence in with_regions:
             of_sequence["regions"] = read_numbers(ground_truth / f"{sequence}{_IGNORE}", _UAVDT_IGNORE, problems)
@@ -164,6 +165,16 @@ def _require_detections(table: NumberTable, box: int, score: int, problems: Prob
     table.require(
         is_score, lambda row: f"score {row[score]:g} is outside 0..1; divide scores in percent by 100", problems
     )
+
+
+def _require_own_ids(truth: NumberTable, problems: Problems) -> None:
+    """An object has one row in a frame."""
+    lines: dict[tuple[float, ...], int] = {}
+    for line, row in zip(truth.lines.tolist(), truth.values[:, :2].tolist(), strict=True):
+        first = lines.setdefault(tuple(row), line)
+        if first != line:
+            rule = f"frame {row[0]:.15g} has id {row[1]:.15g} in line {first} already"
+            problems.add(f"{truth.path}:{line}", f"{rule}; give every object of a frame its own, or delete the row")
 
 
 def _picture_sizes(folder: Path, stems: Sequence[str], problems: Problems) -> NDArray[np.int64]:

@@ -224,6 +224,10 @@ def test_bad_visdrone_files_are_named(tmp_path: Path, files: dict[str, str], exp
             {"GT/M1004_gt_whole.txt": "1,1,1,1,5,5,1,1,0\n"},
             "GT/M1004_gt_whole.txt:1: category 0 must be one of 1, 2, 3",
         ),
+        (
+            {"GT/M1004_gt_whole.txt": "5,1,1,1,5,5,1,1,3\n\n5,2,1,1,5,5,1,1,3\n6,1,1,1,5,5,1,1,3\n5,1,9,9,5,5,1,1,2\n"},
+            "GT/M1004_gt_whole.txt:5: frame 5 has id 1 in line 1 already; give every object of a frame its own, or d",
+        ),
         ({"GT/M1004_gt_ignore.txt": "1,1\n"}, "GT/M1004_gt_ignore.txt:1: a row has 9 columns"),
         ({"found/M0101.txt": ""}, "found/M0101.txt: there is no sequence 'M0101' in GT"),
         ({"GT/M0101_gt_whole.txt": ""}, "found/M0101.txt: the file is missing, and sequence 'M0101' is in"),
