@@ -11,11 +11,11 @@ from typing import Any
 from data.coco import is_int, is_side, is_xywh
 from data.label_files import UnreadableFile, read_bytes
 from evaluation.checks import BadDetections, BadGroundTruth, check_detections, check_ground_truth, repetitions
-from evaluation.file_problems import BadFiles, Problems
-from evaluation.tables import Tables, tabulate
+from evaluation.file_problems import BadFiles, FileTables, Problems
+from evaluation.tables import tabulate
 
 
-def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> Tables:
+def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> FileTables:
     """Read both files; raises BadFiles with what is wrong, by index, the form first and then what it says."""
     document, results = read_json(ground_truth, problems), read_json(detections, problems)
     if document is not None:
@@ -29,7 +29,10 @@ def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> Table
         problems.add(ground_truth, fault)
     problems.check()
     with suppress(BadGroundTruth, BadDetections):
-        return tabulate(document, results)
+        tables = tabulate(document, results)
+        return FileTables(
+            tables, lambda row: f"{ground_truth}: annotations[{row}]", lambda row: f"{detections}: detection {row}"
+        )
     # That told of one file alone.
     faults = []
     for path, check in (

@@ -187,9 +187,37 @@ def test_corners_instead_of_width_and_height_are_told(tmp_path: Path) -> None:
     assert f"found.json: {rule}" in message(tmp_path, document(), corners)
     annotations = [{**row, "id": number} for number, row in enumerate(corners)]
     assert f"truth.json: {rule}" in message(tmp_path, document(annotations=annotations), [DETECTION])
-    # Half of them, or boxes that only stick out, are no sign of it.
-    read_json(tmp_path, document(), [*corners, *[DETECTION] * 4])
-    read_json(tmp_path, document(), [{**DETECTION, "bbox": [2, 2, 104, 84]}])
+    # Boxes that only stick out are no sign of it.
+    assert read_json(tmp_path, document(), [{**DETECTION, "bbox": [2, 2, 104, 84]}]).notes == ()
+
+
+def test_a_part_of_the_boxes_as_corners_is_told_and_most_of_them_are_refused(tmp_path: Path) -> None:
+    def found(num_corners: int) -> list[dict[str, Any]]:
+        return [DETECTION] * (100 - num_corners) + [{**DETECTION, "bbox": [60, 20, 70, 30]}] * num_corners
+
+    assert read_json(tmp_path, document(), found(9)).notes == ()
+    rule = "of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2"
+    for num_corners in (10, 50):
+        (note,) = read_json(tmp_path, document(), found(num_corners)).notes
+        place = f"{tmp_path}/found.json: detection {100 - num_corners}"
+        assert note == f"{num_corners}% {rule}, the first is {place}: see that all are x, y, w, h"
+    annotations = [{**row, "id": number} for number, row in enumerate(found(50))]
+    assert (
+        f"{tmp_path}/truth.json: annotations[50]: see"
+        in read_json(tmp_path, document(annotations=annotations), [DETECTION]).notes[0]
+    )
+    assert message(tmp_path, document(), found(51)).startswith(f"1 problem(s):\n  found.json: 51% {rule}; write the")
+
+
+@pytest.mark.parametrize(
+    ("side", "is_told"), [(69, False), (70, False), (71, True), (100, True), (110, True), (111, False)]
+)
+def test_corners_reach_a_tenth_beyond_the_image_and_lie_in_it_but_for_a_tenth(
+    tmp_path: Path, side: int, is_told: bool
+) -> None:
+    # The image is 100 wide: 40 + 70 is a tenth beyond.
+    found = [DETECTION, {**DETECTION, "bbox": [40, 20, side, 30]}]
+    assert bool(read_json(tmp_path, document(), found).notes) == is_told
 
 
 def test_coco_files_score_as_the_dicts_do(tmp_path: Path) -> None:

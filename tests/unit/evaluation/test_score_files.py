@@ -299,6 +299,32 @@ def test_corners_are_told_without_a_size_too(tmp_path: Path) -> None:
     assert f"found: {rule}" in message(read_uavdt, tmp_path, wide)
 
 
+def test_the_first_box_that_may_be_corners_is_told_by_its_line(tmp_path: Path) -> None:
+    write(tmp_path, {"sizes.json": '{"a": [100, 100], "b": [100, 100]}'})
+    files = {
+        "annotations/b.txt": "5,5,90,90,0,0,0,0\n\n10,10,8,8,1,4,0,0\n60,20,70,30,1,4,0,0\n10,10,8,8,1,4,0,0\n",
+        "detections/b.txt": "\n5,5,9,9,0.25,1,-1,-1\n\n60,20,70,30,0.25,1,-1,-1\n",
+    }
+    notes = read_visdrone(tmp_path, files, tmp_path / "sizes.json").notes
+    assert [note.split(", the first is ")[1].partition(": see")[0] for note in notes] == [
+        f"{tmp_path}/annotations/b.txt:4", f"{tmp_path}/detections/b.txt:4"
+    ]  # fmt: skip
+    (tmp_path / "u").mkdir()
+    (note, _) = read_uavdt(tmp_path / "u", {
+        "GT/M1004_gt_whole.txt": "5,1,900,400,100,100,1,1,3\n",
+        "found/M1004.txt": "5,-1,900,400,100,100,1,1,3\n\n5,-1,814,310,850,350,0.75,1,2\n",
+    }).notes  # fmt: skip
+    assert f", the first is {tmp_path}/u/found/M1004.txt:3: see that all are x, y, w, h" in note
+
+
+def test_ignore_regions_of_no_sequence_are_told(tmp_path: Path) -> None:
+    files = {f"GT/M{number}_gt_ignore.txt": "1,1,60,60,40,40,1,-1,-1\n" for number in (1305, 1303, 1004)}
+    assert read_uavdt(tmp_path, files).notes[1:] == (
+        "2 files of ignore regions are not used, their sequences have no *_gt_whole.txt: "
+        "M1303_gt_ignore.txt, M1305_gt_ignore.txt",
+    )
+
+
 TEXTS = [
     *("", "1", "-1", "0", "nan", "1e999", "1e300", "-", "x", ",", "\n", "\x00", "9" * 400, "é", "[", "{", "}", "]"),
     *('"', ":", "null", "true", "1.5", " ", "\\ud800", "\t"),
