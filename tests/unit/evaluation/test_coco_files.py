@@ -193,20 +193,20 @@ def test_corners_instead_of_width_and_height_are_told(tmp_path: Path) -> None:
 
 def test_a_part_of_the_boxes_as_corners_is_told_and_most_of_them_are_refused(tmp_path: Path) -> None:
     def found(num_corners: int) -> list[dict[str, Any]]:
-        return [DETECTION] * (100 - num_corners) + [{**DETECTION, "bbox": [60, 20, 70, 30]}] * num_corners
+        return [DETECTION] * (1000 - num_corners) + [{**DETECTION, "bbox": [60, 20, 70, 30]}] * num_corners
 
-    assert read_json(tmp_path, document(), found(9)).notes == ()
+    assert read_json(tmp_path, document(), found(99)).notes == ()
     rule = "of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2"
-    for num_corners in (10, 50):
+    for num_corners in (100, 500):
         (note,) = read_json(tmp_path, document(), found(num_corners)).notes
-        place = f"{tmp_path}/found.json: detection {100 - num_corners}"
-        assert note == f"{num_corners}% {rule}, the first is {place}: see that all are x, y, w, h"
-    annotations = [{**row, "id": number} for number, row in enumerate(found(50))]
+        place = f"{tmp_path}/found.json: detection {1000 - num_corners}"
+        assert note == f"{num_corners // 10}% {rule}, the first is {place}: see that all are x, y, w, h"
+    annotations = [{**row, "id": number} for number, row in enumerate(found(500))]
     assert (
-        f"{tmp_path}/truth.json: annotations[50]: see"
+        f"{tmp_path}/truth.json: annotations[500]: see"
         in read_json(tmp_path, document(annotations=annotations), [DETECTION]).notes[0]
     )
-    assert message(tmp_path, document(), found(51)).startswith(f"1 problem(s):\n  found.json: 51% {rule}; write the")
+    assert message(tmp_path, document(), found(501)).startswith(f"1 problem(s):\n  found.json: 50% {rule}; write the")
 
 
 @pytest.mark.parametrize(
