@@ -48,7 +48,7 @@ def check_ground_truth(ground_truth: Mapping[str, Any]) -> None:
 
 
 def check_detections(detections: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any]) -> None:
-    """Raises BadDetections: unknown image or category, no real box, a score that is missing or outside 0..1."""
+    """Raises BadDetections: unknown image or category, no real box, a score that is no number in 0..1; no booleans."""
     if _are_sound(detections, ground_truth) and _are_scores([row.get("score") for row in detections]):
         return
     problems = _problems("detection", detections, ground_truth)

@@ -44,7 +44,7 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
 
     Raises:
         BadFiles: all that is wrong, with file and line or index: no known format; rows that are not numbers or too
-            short; unknown image, sequence or class; boxes without size, or corners instead of x, y, w, h; scores
+            short; unknown image, sequence or class; boxes without size, or most as corners, not x, y, w, h; scores
             outside 0..1; a file that is missing, or one too many; ids that repeat.
     """
     problems = Problems()
