@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr
 from typing import Any
 
 from data.coco import is_int, is_side, is_xywh
 from data.label_files import UnreadableFile, read_bytes
-from evaluation.checks import BadDetections, BadGroundTruth, check_detections, check_ground_truth
-from evaluation.file_problems import BadFiles, Problems
-from evaluation.tables import Tables, tabulate
+from evaluation.checks import BadDetections, BadGroundTruth, check_detections, check_ground_truth, repetitions
+from evaluation.file_problems import BadFiles, FileTables, Problems
+from evaluation.tables import tabulate
 
 
-def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> Tables:
+def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> FileTables:
     """Read both files; raises BadFiles with what is wrong, by index, the form first and then what it says."""
     document, results = read_json(ground_truth, problems), read_json(detections, problems)
     if document is not None:
@@ -24,6 +24,16 @@ def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> Table
         rule = "a COCO results file is a list of objects with image_id, category_id, bbox and score"
         problems.add(detections, f"{rule}, found {repr(results)}")
     problems.check()
+    # Of images and categories the check of the ground truth finds them.
+    for fault in repetitions("annotations", document["annotations"], "id"):
+        problems.add(ground_truth, fault)
+    problems.check()
+    with suppress(BadGroundTruth, BadDetections):
+        tables = tabulate(document, results)
+        return FileTables(
+            tables, lambda row: f"{ground_truth}: annotations[{row}]", lambda row: f"{detections}: detection {row}"
+        )
+    # That told of one file alone.
     faults = []
     for path, check in (
         (ground_truth, lambda: check_ground_truth(document)),
@@ -33,18 +43,18 @@ def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> Table
             check()
         except (BadGroundTruth, BadDetections) as error:
             faults.append(f"{path}: {error}")
-    if faults:
-        raise BadFiles("\n".join(faults))
-    return tabulate(document, results)
+    raise BadFiles("\n".join(faults))
 
 
 def read_json(path: Path, problems: Problems) -> Any:
     """Return what a JSON file holds; None, and a problem, where it cannot be read."""
     try:
         content = read_bytes(path, None)
-        value = json.loads(content) if content.strip() else None
+        is_empty = not content.strip()
+        value = None if is_empty else json.loads(content)
         if value is None:
-            problems.add(path, f"the file is empty ({len(content)} bytes); a file without entries says []")
+            what = f"is empty ({len(content)} bytes)" if is_empty else "holds null alone"
+            problems.add(path, f"the file {what}; a file without entries says []")
         return value
     except UnreadableFile as error:
         problems.add(path, str(error))
@@ -70,11 +80,6 @@ def _require_form(path: Path, document: Any, problems: Problems) -> None:
                 faults.append(f"'id' must be a whole number, found {repr(row.get('id'))}")
             for fault in faults:
                 problems.add(f"{path}: {key}[{index}]", fault)
-    # Of images and categories the check of the ground truth finds them.
-    ids = Counter(annotation["id"] for annotation in document["annotations"] if is_int(annotation.get("id")))
-    for number, count in ids.items():
-        if count > 1:
-            problems.add(path, f"annotation id {number} occurs {count} times; give every annotation its own")
 
 
 def _image_faults(image: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data.label_files import MAX_LIST_BYTES, UnreadableFile, number, read_lines
 from evaluation.checks import MAX_LISTED, MAX_NUMBER, listed
+from evaluation.tables import Tables
 
 
 class BadFiles(ValueError):
@@ -38,6 +39,14 @@ class Problems:
             raise BadFiles(listed(self._shown, self._number))
 
 
+class FileTables(NamedTuple):
+    """What files say, and where: the place of a row of its ground truths, or of its detections, by file and line."""
+
+    tables: Tables
+    truth_place: Callable[[int], str]
+    detection_place: Callable[[int], str]
+
+
 class NumberTable(NamedTuple):
     """Rows of a text file of numbers: `lines` (N,), from 1, and `values` (N, F)."""
 
@@ -49,6 +58,15 @@ class NumberTable(NamedTuple):
         """Of each row that is not sound, bool (N,), say to `problems` what `rule` makes of its values."""
         for row in np.flatnonzero(~is_sound).tolist():
             problems.add(f"{self.path}:{self.lines[row]}", rule(self.values[row].tolist()))
+
+
+def place_of(row: int, tables: Sequence[NumberTable]) -> str:
+    """Return file and line of a row, counted from 0 through all tables."""
+    for table in tables:
+        if row < len(table.lines):
+            return f"{table.path}:{table.lines[row]}"
+        row -= len(table.lines)
+    raise IndexError(f"the tables end {row + 1} rows before this one")
 
 
 def read_numbers(path: Path, fields: Sequence[str], problems: Problems) -> NumberTable:

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.coco import is_side
+from evaluation.checks import some
 from evaluation.coco_files import read_coco, read_json
-from evaluation.file_problems import Problems
+from evaluation.file_problems import FileTables, Problems
 from evaluation.tables import Tables
-from evaluation.text_files import read_uavdt, read_visdrone, uavdt_ground_truth, visdrone_annotations
+from evaluation.text_files import read_uavdt, read_visdrone, regions_alone, uavdt_ground_truth, visdrone_annotations
 from evaluation.uavdt import NO_CLASS
 from evaluation.visdrone import NOT_SCORED
 
@@ -22,6 +23,8 @@ _LOOKED_FOR = (
 )
 # Boxes stick out of their image by less, and read the wrong way most by more.
 _BEYOND = 1.1
+# Of all boxes: a share that is told, and one above which the file is refused.
+_TOLD, _REFUSED = 0.1, 0.5
 
 
 class ScoreFiles(NamedTuple):
@@ -41,7 +44,7 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
 
     Raises:
         BadFiles: all that is wrong, with file and line or index: no known format; rows that are not numbers or too
-            short; unknown image, sequence or class; boxes without size, or corners instead of x, y, w, h; scores
+            short; unknown image, sequence or class; boxes without size, or most as corners, not x, y, w, h; scores
             outside 0..1; a file that is missing, or one too many; ids that repeat.
     """
     problems = Problems()
@@ -58,19 +61,23 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
         problems.add(detections, rule)
     problems.check()
     if annotations is not None:
-        tables = read_visdrone(annotations, detections, problems)
+        read = read_visdrone(annotations, detections, problems)
     elif whole is not None:
-        tables = read_uavdt(whole, detections, problems)
+        read = read_uavdt(whole, detections, problems)
     else:
-        tables = read_coco(ground_truth, detections, problems)
-    tables = _with_sizes(tables, sizes_px, is_by_folder=whole is not None)
-    _require_xywh(tables, ground_truth, detections, problems)
+        read = read_coco(ground_truth, detections, problems)
+    tables = _with_sizes(read.tables, sizes_px, is_by_folder=whole is not None)
+    notes = _corner_notes(read._replace(tables=tables), ground_truth, detections, problems)
     problems.check()
-    notes = _notes(tables, are_frames=whole is not None)
+    notes += _notes(tables, are_frames=whole is not None)
+    if whole is not None and (alone := regions_alone(whole)):
+        notes.append(
+            f"{len(alone)} files of ignore regions are not used, their sequences have no *_gt_whole.txt: {some(alone)}"
+        )
     if is_coco or with_others:
-        return ScoreFiles(tables, {}, notes)
+        return ScoreFiles(tables, {}, tuple(notes))
     tables, counts = _without_others(tables)
-    return ScoreFiles(tables, counts, notes)
+    return ScoreFiles(tables, counts, tuple(notes))
 
 
 def _sizes(path: Path, problems: Problems) -> dict[str, list[int]]:
@@ -94,29 +101,39 @@ def _with_sizes(tables: Tables, sizes_px: dict[str, list[int]], *, is_by_folder:
     return tables._replace(image_sizes_px=known)
 
 
-def _require_xywh(tables: Tables, ground_truth: Path, detections: Path, problems: Problems) -> None:
-    """Tell boxes that are given as corners: most reach beyond their image, and lie in it when read that way.
+def _corner_notes(read: FileTables, ground_truth: Path, detections: Path, problems: Problems) -> list[str]:
+    """Tell boxes that are given as corners: they reach beyond their image, and lie in it when read that way.
 
-    Where an image's size is not known, it is as large as the ground truth of all images reaches.
+    Most of a file's boxes are a problem; a good part of them, which may be false ones, is worth a note. Where an
+    image's size is not known, it is as large as the ground truth of all images reaches.
     """
+    tables = read.tables
     truths = tables.truths.boxes_xywh_px
     reach = (truths[:, :2] + truths[:, 2:]).max(axis=0, initial=0)
     sizes_px = np.where(tables.image_sizes_px > 0, tables.image_sizes_px, reach)
-    for path, table in ((ground_truth, tables.truths), (detections, tables.detections)):
-        share = _share_of_corners(table.boxes_xywh_px, sizes_px[table.image])
-        if share > 0.5:
-            rule = f"{share:.0%} of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2"
+    notes = []
+    for path, table, place in (
+        (ground_truth, tables.truths, read.truth_place),
+        (detections, tables.detections, read.detection_place),
+    ):
+        are_corners = _may_be_corners(table.boxes_xywh_px, sizes_px[table.image])
+        share = are_corners.mean() if len(are_corners) else 0.0
+        rule = f"{share:.0%} of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2"
+        if share > _REFUSED:
             problems.add(path, f"{rule}; write the width and height instead of x2, y2")
+        elif share >= _TOLD:
+            notes.append(f"{rule}, the first is {place(int(are_corners.argmax()))}: see that all are x, y, w, h")
+    return notes
 
 
-def _share_of_corners(boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64]) -> float:
+def _may_be_corners(boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64]) -> NDArray[np.bool_]:
     first, second, limit = boxes_px[:, :2], boxes_px[:, 2:], _BEYOND * sizes_px
     is_beyond = (first + second > limit).any(axis=1)
     are_corners = ((second > first) & (second <= limit)).all(axis=1)
-    return float((is_beyond & are_corners).mean()) if len(boxes_px) else 0.0
+    return np.logical_and(is_beyond, are_corners)
 
 
-def _notes(tables: Tables, *, are_frames: bool) -> tuple[str, ...]:
+def _notes(tables: Tables, *, are_frames: bool) -> list[str]:
     notes = []
     without_size = np.flatnonzero((tables.truths.boxes_xywh_px[:, 2:] <= 0).any(axis=1))
     if len(without_size):
@@ -135,7 +152,7 @@ def _notes(tables: Tables, *, are_frames: bool) -> tuple[str, ...]:
             f"{num_alone} detections are in frames that have no row of ground truth, and count as false positives: "
             "see that both number the frames alike"
         )
-    return tuple(notes)
+    return notes
 
 
 def _without_others(tables: Tables) -> tuple[Tables, dict[str, int]]:

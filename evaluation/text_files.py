@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data import uavdt, visdrone
 from data.label_files import UnreadableFile
 from data.pictures import is_hidden, is_picture, sizes
-from evaluation.file_problems import NumberTable, Problems, read_numbers
+from evaluation.file_problems import FileTables, NumberTable, Problems, place_of, read_numbers
 from evaluation.tables import DetectionTable, Tables, TruthTable
 from evaluation.uavdt import NO_CLASS
 from evaluation.visdrone import NOT_SCORED
@@ -50,7 +50,13 @@ def uavdt_ground_truth(folder: Path) -> Path | None:
     return next((place for place in (folder / "GT", folder) if _text_files(place, _WHOLE)), None)
 
 
-def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> Tables:
+def regions_alone(ground_truth: Path) -> list[str]:
+    """Names of the files of ignore regions in a folder of UAVDT ground truth that are of none of its sequences."""
+    sequences = set(_text_files(ground_truth, _WHOLE))
+    return [f"{name}{_IGNORE}" for name in _text_files(ground_truth, _IGNORE) if name not in sequences]
+
+
+def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> FileTables:
     """Classes are 1 to 10 and, at the end, `others`; sizes are those of pictures in `images/` beside, else 0.
 
     Raises BadFiles with what is wrong.
@@ -62,18 +68,18 @@ def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> Ta
         truth = read_numbers(annotations / f"{stem}.txt", _VISDRONE_TRUTH, problems)
         # Category 0 is an ignore region.
         _require_category(truth, 5, range(len(visdrone.CLASSES) + 2), problems)
-        truths.append(truth.values)
+        truths.append(truth)
         if stem in with_file:
             detected = read_numbers(detections / f"{stem}.txt", _VISDRONE_DETECTION, problems)
             _require_category(detected, 5, range(1, len(visdrone.CLASSES) + 2), problems)
             _require_detections(detected, 0, 4, problems)
-            found.append(detected.values)
+            found.append(detected)
     sizes_px = _picture_sizes(annotations.parent / "images", stems, problems)
     problems.check()
     truth_rows, found_rows = (
         _Rows(_numbered(parts), values[:, :4], values[:, 5].astype(np.int64), values[:, 4])
         for parts in (truths, found)
-        for values in (np.concatenate(parts),)
+        for values in (np.concatenate([part.values for part in parts]),)
     )
     is_region = truth_rows.category == 0
     regions = _Rows(*(column[is_region] for column in truth_rows))
@@ -81,10 +87,15 @@ def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> Ta
     file_names = [f"{stem}.jpg" for stem in stems]
     # The toolkit does not count objects with score 0.
     is_crowd = objects.scores == 0
-    return _tables(file_names, sizes_px, (*visdrone.CLASSES, NOT_SCORED), objects, is_crowd, regions, found_rows)
+    classes = (*visdrone.CLASSES, NOT_SCORED)
+    return FileTables(
+        _tables(file_names, sizes_px, classes, objects, is_crowd, regions, found_rows),
+        lambda row: place_of(int(np.flatnonzero(~is_region)[row]), truths),
+        lambda row: place_of(row, found),
+    )
 
 
-def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tables:
+def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> FileTables:
     """Images are the frames with at least one row; sizes are 0. Detections of class -1 have the label NO_CLASS.
 
     Raises BadFiles with what is wrong.
@@ -93,11 +104,12 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tabl
     with_file = _same_names(sequences, ground_truth, detections, "sequence", problems)
     with_regions = _text_files(ground_truth, _IGNORE)
     categories = range(1, len(uavdt.CLASSES) + 1)
-    parts: dict[str, list[NDArray[np.float64]]] = {"truths": [], "regions": [], "found": []}
+    parts: dict[str, list[NumberTable]] = {"truths": [], "regions": [], "found": []}
     file_names: list[str] = []
     for sequence in sequences:
         truth = read_numbers(ground_truth / f"{sequence}{_WHOLE}", _UAVDT_TRUTH, problems)
         _require_category(truth, 8, categories, problems)
+        _require_own_ids(truth, problems)
         of_sequence = {"truths": truth}
         if sequence in with_regions:
             of_sequence["regions"] = read_numbers(ground_truth / f"{sequence}{_IGNORE}", _UAVDT_IGNORE, problems)
@@ -114,9 +126,9 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tabl
         for what, table in of_sequence.items():
             # From here on the first column is the image.
             table.values[:, 0] = len(file_names) + np.searchsorted(frames, table.values[:, 0])
-            parts[what].append(table.values)
+            parts[what].append(table)
         file_names += [f"{sequence}/img{int(frame):06d}.jpg" for frame in frames]
-    has_class = np.concatenate([values[:, 8] for values in parts["found"]] or [np.empty(0)]) != -1
+    has_class = np.concatenate([table.values[:, 8] for table in parts["found"]] or [np.empty(0)]) != -1
     if has_class.any() and not has_class.all():
         rule = f"{int((~has_class).sum())} of {len(has_class)} detections have class -1 in column 9"
         problems.add(detections, f"{rule}; give all of them a class, or none")
@@ -124,14 +136,14 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> Tabl
     objects, regions, found = (
         _Rows(values[:, 0].astype(np.int64), values[:, 2:6], values[:, 8].astype(np.int64), values[:, 6])
         for tables in parts.values()
-        for values in (np.concatenate(tables or [np.empty((0, 9))]),)
+        for values in (np.concatenate([table.values for table in tables] or [np.empty((0, 9))]),)
     )
     sizes_px = np.zeros((len(file_names), 2), np.int64)
     tables = _tables(file_names, sizes_px, uavdt.CLASSES, objects, np.zeros(len(objects.image), bool), regions, found)
-    if has_class.any() or not len(has_class):
-        return tables
-    no_label = np.full_like(tables.detections.label, NO_CLASS)
-    return tables._replace(detections=tables.detections._replace(label=no_label))
+    if len(has_class) and not has_class.any():
+        no_label = np.full_like(tables.detections.label, NO_CLASS)
+        tables = tables._replace(detections=tables.detections._replace(label=no_label))
+    return FileTables(tables, lambda row: place_of(row, parts["truths"]), lambda row: place_of(row, parts["found"]))
 
 
 def _text_files(folder: Path, suffix: str = ".txt") -> list[str]:
@@ -166,6 +178,16 @@ def _require_detections(table: NumberTable, box: int, score: int, problems: Prob
     )
 
 
+def _require_own_ids(truth: NumberTable, problems: Problems) -> None:
+    """An object has one row in a frame."""
+    lines: dict[tuple[float, ...], int] = {}
+    for line, row in zip(truth.lines.tolist(), truth.values[:, :2].tolist(), strict=True):
+        first = lines.setdefault(tuple(row), line)
+        if first != line:
+            rule = f"frame {row[0]:.15g} has id {row[1]:.15g} in line {first} already"
+            problems.add(f"{truth.path}:{line}", f"{rule}; give every object of a frame its own, or delete the row")
+
+
 def _picture_sizes(folder: Path, stems: Sequence[str], problems: Problems) -> NDArray[np.int64]:
     """Width and height of each picture in `folder`, (I, 2), 0 where there is none."""
     sizes_px = np.zeros((len(stems), 2), np.int64)
@@ -180,8 +202,8 @@ def _picture_sizes(folder: Path, stems: Sequence[str], problems: Problems) -> ND
     return sizes_px
 
 
-def _numbered(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
-    return np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+def _numbered(parts: Sequence[NumberTable]) -> NDArray[np.int64]:
+    return np.repeat(np.arange(len(parts)), [len(part.lines) for part in parts])
 
 
 def _tables(

@@ -63,6 +63,9 @@ def score(
     scored = score_by(protocol, files.tables, max_dets=max_dets, ignore_rule=ignore_rule or "none")
     in_force = rules_in_force(protocol, max_dets=max_dets, ignore_rule=ignore_rule or "none")
     counts, notes = scored.counts | files.counts, [*files.notes, *_notes(scored)]
+    num_with_regions = sum(len(regions) > 0 for regions in files.tables.ignore_regions_xywh_px)
+    if in_force["ignore_rule"] == "none" and num_with_regions:
+        notes.append(f"{num_with_regions} images have ignore regions, not used: --ignore-rule covered-half")
     if as_json:
         print_json(
             {

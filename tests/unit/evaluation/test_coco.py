@@ -162,8 +162,8 @@ def test_bad_ground_truth_is_refused() -> None:
     truth["categories"].append({"id": 2, "name": "class-1"})
     with pytest.raises(BadGroundTruth) as caught:
         score(truth, [], ignore_rule="none")
-    for part in ("image id 1 occurs 2 times", "class name 'class-1' occurs 2 times", "annotation 1: image_id 4",
-                 "annotation 1: bbox"):  # fmt: skip
+    for part in ("images[1]: id 1 was used by images[0]", "categories[1]: name 'class-1' was used by categories[0]",
+                 "annotation 1: image_id 4", "annotation 1: bbox"):  # fmt: skip
         assert part in str(caught.value)
     with pytest.raises(ValueError, match="max_dets is 0"):
         score(ground_truth(), [], max_dets=0, ignore_rule="none")

@@ -45,7 +45,7 @@ def message(folder: Path, truth: Any, found: Any, sizes: Any = None) -> str:
     [
         ("", [], "truth.json: the file is empty (0 bytes)"),
         (document(), "", "found.json: the file is empty (0 bytes); a file without entries says []"),
-        (document(), "null", "found.json: the file is empty (4 bytes)"),
+        (document(), "null", "found.json: the file holds null alone; a file without entries says []"),
         (document(), '[\n{"a": }]', "found.json:2:7: not JSON: Expecting value"),
         (document(), "[" * 100_000, "found.json: not JSON that can be read: maximum recursion depth exceeded"),
         (document(), "[1" + "0" * 5000 + "]", "found.json: not JSON that can be read: Exceeds the limit"),
@@ -55,7 +55,21 @@ def message(folder: Path, truth: Any, found: Any, sizes: Any = None) -> str:
         (document(images=[3]), [], "truth.json: a COCO annotation file is an object with lists of objects"),
         (document(images=[{"id": "7"}]), [], "truth.json: images[0]: 'id' must be a whole number, found '7'"),
         (document(images=[{}]), [], "truth.json: images[0]: 'id' must be a whole number, found None"),
-        (document(images=[{"id": 7}] * 2), [], "truth.json: 1 problem(s):\n  image id 7 occurs 2 times"),
+        (
+            document(images=[{"id": 7}] * 2),
+            [],
+            "truth.json: 1 problem(s):\n  images[1]: id 7 was used by images[0]; give each its o",
+        ),
+        (
+            document(categories=[{"id": i, "name": n} for i, n in ((1, "a"), (2, "b"), (1, "c"))]),
+            [],
+            "truth.json: 1 problem(s):\n  categories[2]: id 1 was used by categories[0]; give each its own",
+        ),
+        (
+            document(categories=[{"id": i, "name": n} for i, n in ((1, "a"), (2, "b"), (3, "b"))]),
+            [],
+            "truth.json: 1 problem(s):\n  categories[2]: name 'b' was used by categories[1]; give each its own",
+        ),
         (document(images=[{"id": 7, "width": "5", "height": 5}]), [], "images[0]: 'width' and 'height' must be whole"),
         (
             document(images=[{"id": 7, "width": 5}]),
@@ -69,19 +83,33 @@ def message(folder: Path, truth: Any, found: Any, sizes: Any = None) -> str:
             [],
             "categories[0]: 'name' must be text that can be print",
         ),
-        (document(annotations=document()["annotations"] * 3), [], "truth.json: annotation id 1 occurs 3 times"),
+        (
+            document(annotations=[{**document()["annotations"][0], "id": number} for number in (4, 5, 4, 6, 4)]),
+            [],
+            "2 problem(s):\n  truth.json: annotations[2]: id 4 was used by annotations[0]; give each its own\n"
+            "  truth.json: annotations[4]: id 4 was used by annotations[0]; give each its own",
+        ),
+        (document(annotations=[{"id": [1]}] * 2), [], "annotations[1]: 'id' must be a whole number, found [1]"),
         (document(annotations=[{"id": 10**30}]), [], "annotations[0]: 'id' must be a whole number, found 10000"),
         (document(annotations=[{"area": None}]), [], "annotations[0]: 'area' must be a number of square pixels"),
         (document(annotations=[{"iscrowd": 3}]), [], "annotations[0]: 'iscrowd' must be 0 or 1, found 3"),
-        (document(annotations=[{}]), [], "truth.json: 3 problem(s):\n  annotation 0: image_id None is not in the"),
+        (document(annotations=[{}]), [], "truth.json: 3 problem(s):\n  annotation 0: image_id None must be a who"),
         (document(), [{**DETECTION, "image_id": 8}], "found.json: 1 problem(s):\n  detection 0: image_id 8 is not in"),
-        (document(), [{**DETECTION, "image_id": [8]}], "detection 0: image_id [8] is not in the ground truth"),
-        (document(), [{**DETECTION, "category_id": 2}], "detection 0: category_id 2 is not one of [1]"),
+        (
+            document(),
+            [{**DETECTION, "image_id": [8]}],
+            "detection 0: image_id [8] must be a whole number: 1, not 1.0, true or '1'",
+        ),
+        (
+            document(),
+            [{**DETECTION, "category_id": 2}],
+            "detection 0: category_id 2 is not in the ground truth; known: 1",
+        ),
         (document(), [{**DETECTION, "bbox": None}], "detection 0: bbox None must be four finite numbers x, y, w, h"),
         (document(), [{**DETECTION, "bbox": [10**400, 1, 1, 1.5]}], "must be four finite numbers x, y, w, h"),
         (document(), [{**DETECTION, "bbox": [1, 1, 1e200, 1]}], "must be four finite numbers x, y, w, h"),
-        (document(), [{**DETECTION, "score": 10**400}], "is outside 0..1"),
-        (document(), [DETECTION, {**DETECTION, "score": 1.5}], "detection 1: score 1.5 is outside 0..1"),
+        (document(), [{**DETECTION, "score": 10**400}], "is no number in 0..1"),
+        (document(), [DETECTION, {**DETECTION, "score": 1.5}], "detection 1: score 1.5 is no number in 0..1"),
         (
             document(),
             '[{"image_id": 7, "category_id": 1, "bbox": [1, 1, NaN, 1], "score": 1}]',
@@ -91,6 +119,45 @@ def message(folder: Path, truth: Any, found: Any, sizes: Any = None) -> str:
 )
 def test_bad_json_is_named(tmp_path: Path, truth: Any, found: Any, expected: str) -> None:
     assert expected in message(tmp_path, truth, found)
+
+
+@pytest.mark.parametrize("num_sound", [0, 2])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"score": True}, "score True is no number in 0..1"),
+        ({"score": False}, "score False is no number in 0..1"),
+        ({"image_id": True}, "image_id True must be a whole number"),
+        ({"image_id": 7.0}, "image_id 7.0 must be a whole number"),
+        ({"category_id": True}, "category_id True must be a whole number"),
+        ({"category_id": 1.0}, "category_id 1.0 must be a whole number: 1, not 1.0, true or '1'"),
+        ({"bbox": [10, 10, True, 8]}, "bbox [10, 10, True, 8] must be four finite numbers"),
+    ],
+)
+def test_what_only_equals_a_number_is_none(
+    tmp_path: Path, num_sound: int, changes: dict[str, Any], expected: str
+) -> None:
+    truth = document(images=[{"id": 7}, {"id": 1}])
+    # Among numbers, and as large as what it equals.
+    found = [{**DETECTION, "image_id": 1, **changes}, *[DETECTION] * num_sound]
+    assert f"found.json: 1 problem(s):\n  detection 0: {expected}" in message(tmp_path, truth, found)
+    annotations = [{"image_id": 7, "category_id": 1, "bbox": [1, 1, 8, 8]} | changes]
+    if "score" not in changes:
+        assert f"truth.json: 1 problem(s):\n  annotation 0: {expected}" in message(
+            tmp_path, document(images=truth["images"], annotations=annotations), []
+        )
+
+
+def test_of_many_categories_the_first_are_said(tmp_path: Path) -> None:
+    categories = [{"id": number, "name": f"{number}"} for number in range(25, 0, -1)]
+    known = ", ".join(str(number) for number in range(1, 21))
+    wrong = [{**DETECTION, "category_id": 26}]
+    assert message(tmp_path, document(categories=categories), wrong).endswith(
+        f"detection 0: category_id 26 is not in the ground truth; known: {known} and 5 more"
+    )
+    none = message(tmp_path, document(categories=[], annotations=[]), wrong)
+    assert none.endswith("detection 0: category_id 26 is not in the ground truth; known: none")
+    assert message(tmp_path, document(categories=categories[5:]), wrong).endswith(f"known: {known}")
 
 
 def test_problems_of_both_files_come_together(tmp_path: Path) -> None:
@@ -120,9 +187,37 @@ def test_corners_instead_of_width_and_height_are_told(tmp_path: Path) -> None:
     assert f"found.json: {rule}" in message(tmp_path, document(), corners)
     annotations = [{**row, "id": number} for number, row in enumerate(corners)]
     assert f"truth.json: {rule}" in message(tmp_path, document(annotations=annotations), [DETECTION])
-    # Half of them, or boxes that only stick out, are no sign of it.
-    read_json(tmp_path, document(), [*corners, *[DETECTION] * 4])
-    read_json(tmp_path, document(), [{**DETECTION, "bbox": [2, 2, 104, 84]}])
+    # Boxes that only stick out are no sign of it.
+    assert read_json(tmp_path, document(), [{**DETECTION, "bbox": [2, 2, 104, 84]}]).notes == ()
+
+
+def test_a_part_of_the_boxes_as_corners_is_told_and_most_of_them_are_refused(tmp_path: Path) -> None:
+    def found(num_corners: int) -> list[dict[str, Any]]:
+        return [DETECTION] * (1000 - num_corners) + [{**DETECTION, "bbox": [60, 20, 70, 30]}] * num_corners
+
+    assert read_json(tmp_path, document(), found(99)).notes == ()
+    rule = "of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2"
+    for num_corners in (100, 500):
+        (note,) = read_json(tmp_path, document(), found(num_corners)).notes
+        place = f"{tmp_path}/found.json: detection {1000 - num_corners}"
+        assert note == f"{num_corners // 10}% {rule}, the first is {place}: see that all are x, y, w, h"
+    annotations = [{**row, "id": number} for number, row in enumerate(found(500))]
+    assert (
+        f"{tmp_path}/truth.json: annotations[500]: see"
+        in read_json(tmp_path, document(annotations=annotations), [DETECTION]).notes[0]
+    )
+    assert message(tmp_path, document(), found(501)).startswith(f"1 problem(s):\n  found.json: 50% {rule}; write the")
+
+
+@pytest.mark.parametrize(
+    ("side", "is_told"), [(69, False), (70, False), (71, True), (100, True), (110, True), (111, False)]
+)
+def test_corners_reach_a_tenth_beyond_the_image_and_lie_in_it_but_for_a_tenth(
+    tmp_path: Path, side: int, is_told: bool
+) -> None:
+    # The image is 100 wide: 40 + 70 is a tenth beyond.
+    found = [DETECTION, {**DETECTION, "bbox": [40, 20, side, 30]}]
+    assert bool(read_json(tmp_path, document(), found).notes) == is_told
 
 
 def test_coco_files_score_as_the_dicts_do(tmp_path: Path) -> None:

@@ -224,6 +224,10 @@ def test_bad_visdrone_files_are_named(tmp_path: Path, files: dict[str, str], exp
             {"GT/M1004_gt_whole.txt": "1,1,1,1,5,5,1,1,0\n"},
             "GT/M1004_gt_whole.txt:1: category 0 must be one of 1, 2, 3",
         ),
+        (
+            {"GT/M1004_gt_whole.txt": "5,1,1,1,5,5,1,1,3\n\n5,2,1,1,5,5,1,1,3\n6,1,1,1,5,5,1,1,3\n5,1,9,9,5,5,1,1,2\n"},
+            "GT/M1004_gt_whole.txt:5: frame 5 has id 1 in line 1 already; give every object of a frame its own, or d",
+        ),
         ({"GT/M1004_gt_ignore.txt": "1,1\n"}, "GT/M1004_gt_ignore.txt:1: a row has 9 columns"),
         ({"found/M0101.txt": ""}, "found/M0101.txt: there is no sequence 'M0101' in GT"),
         ({"GT/M0101_gt_whole.txt": ""}, "found/M0101.txt: the file is missing, and sequence 'M0101' is in"),
@@ -293,6 +297,32 @@ def test_corners_are_told_without_a_size_too(tmp_path: Path) -> None:
         "found/M0209.txt": "3,-1,814,310,850,350,0.75,1,2\n",
     }
     assert f"found: {rule}" in message(read_uavdt, tmp_path, wide)
+
+
+def test_the_first_box_that_may_be_corners_is_told_by_its_line(tmp_path: Path) -> None:
+    write(tmp_path, {"sizes.json": '{"a": [100, 100], "b": [100, 100]}'})
+    files = {
+        "annotations/b.txt": "5,5,90,90,0,0,0,0\n\n10,10,8,8,1,4,0,0\n60,20,70,30,1,4,0,0\n10,10,8,8,1,4,0,0\n",
+        "detections/b.txt": "\n5,5,9,9,0.25,1,-1,-1\n\n60,20,70,30,0.25,1,-1,-1\n",
+    }
+    notes = read_visdrone(tmp_path, files, tmp_path / "sizes.json").notes
+    assert [note.split(", the first is ")[1].partition(": see")[0] for note in notes] == [
+        f"{tmp_path}/annotations/b.txt:4", f"{tmp_path}/detections/b.txt:4"
+    ]  # fmt: skip
+    (tmp_path / "u").mkdir()
+    (note, _) = read_uavdt(tmp_path / "u", {
+        "GT/M1004_gt_whole.txt": "5,1,900,400,100,100,1,1,3\n",
+        "found/M1004.txt": "5,-1,900,400,100,100,1,1,3\n\n5,-1,814,310,850,350,0.75,1,2\n",
+    }).notes  # fmt: skip
+    assert f", the first is {tmp_path}/u/found/M1004.txt:3: see that all are x, y, w, h" in note
+
+
+def test_ignore_regions_of_no_sequence_are_told(tmp_path: Path) -> None:
+    files = {f"GT/M{number}_gt_ignore.txt": "1,1,60,60,40,40,1,-1,-1\n" for number in (1305, 1303, 1004)}
+    assert read_uavdt(tmp_path, files).notes[1:] == (
+        "2 files of ignore regions are not used, their sequences have no *_gt_whole.txt: "
+        "M1303_gt_ignore.txt, M1305_gt_ignore.txt",
+    )
 
 
 TEXTS = [

@@ -92,7 +92,10 @@ def test_all_protocols_from_the_same_detections_and_what_is_printed(files: Path)
     assert "  visdrone/AP                  1.0000" in printed["visdrone"]
     assert "  num_ignored_detections       1" in printed["visdrone"]
     assert "note: the detections of 1 images are not sorted by score, descending" in printed["visdrone"]
-    assert "note:" not in printed["coco"]
+    for protocol, text in printed.items():
+        notes = [line for line in text.splitlines() if line.startswith("note:") and "ignore regions" in line]
+        told = ["note: 1 images have ignore regions, not used: --ignore-rule covered-half"]
+        assert notes == (told if protocol in {"coco", "aitod", "voc"} else [])
     assert "  bus                   -" in printed["visdrone"]
 
 
@@ -101,6 +104,8 @@ def test_options_reach_the_protocol(files: Path) -> None:
     ignoring = numbers("coco", files, files / "detections", "--ignore-rule", "covered-half", "--max-dets", "1")
     assert plain["counts"]["num_ignored_detections"] == 0
     assert ignoring["counts"]["num_ignored_detections"] == 1
+    assert len(plain["notes"]) == 1
+    assert ignoring["notes"] == []
     assert ignoring["rules"]["ignore_rule"] == "covered-half"
     assert ignoring["rules"]["max_dets"] == "1 per image and class, best first"
     assert ignoring["metrics"]["coco/AR_1"] == 0.5
