@@ -179,11 +179,11 @@ def _require_detections(table: NumberTable, box: int, score: int, problems: Prob
 
 
 def _require_own_ids(truth: NumberTable, problems: Problems) -> None:
-    """An object has one row in a frame."""
+    """An object has one row in a frame; a negative id stands for none."""
     lines: dict[tuple[float, ...], int] = {}
     for line, row in zip(truth.lines.tolist(), truth.values[:, :2].tolist(), strict=True):
         first = lines.setdefault(tuple(row), line)
-        if first != line:
+        if first != line and row[1] >= 0:
             rule = f"frame {row[0]:.15g} has id {row[1]:.15g} in line {first} already"
             problems.add(f"{truth.path}:{line}", f"{rule}; give every object of a frame its own, or delete the row")
 
