@@ -25,7 +25,9 @@ def test_the_champion_has_its_run_s_operating_point(
     (folder / "artifacts").mkdir(parents=True)
     save_tensors(folder / "artifacts" / "weights.safetensors", build_model(spec).state_dict())
     # Laid out as no writer of JSON would: it has to arrive as it is.
-    content = '{"overall":  {"score": 0.0625, "precision": 1, "recall": 0.5, "f1": 0.5},\n "per_class": {"dark": null}}\n'
+    content = (
+        '{"overall":  {"score": 0.0625, "precision": 1, "recall": 0.5, "f1": 0.5},\n "per_class": {"dark": null}}\n'
+    )
     (folder / "artifacts" / OPERATING_POINT).write_text(content)
     result = make_result(spec, 0.5, 0.5, files=hash_files(folder, folder / "artifacts"))
     client = connect(settings.tracking_uri)
