@@ -26,6 +26,8 @@ from tracking.runs import DatasetRef, ensure_run
 
 ARCHITECTURE = "yolox-nano"
 INPUT_SIZE_PX = 96
+# Laid out as no writer of JSON would: it has to arrive as it is.
+OPERATING_POINT = '{"overall":  null,\n "per_class": {"Fußgänger": null}}\n'
 POSTPROCESS = PostprocessConfig(score_threshold=1e-4, max_detections=20)
 # Removes what an editable install adds, then proves that nothing of ours is left to import.
 ISOLATED = """
@@ -55,7 +57,7 @@ def packaged(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package(
         folder / "w.safetensors",
         '{"seed": 0}',
-        '{"overall": null, "per_class": {}}',
+        OPERATING_POINT,
         Path(models.__file__).parent,
         folder / "model",
         architecture=ARCHITECTURE,
@@ -95,6 +97,7 @@ def test_the_folder_holds_no_pickle_and_the_package_verbatim(packaged: Path) -> 
     for source in Path(models.__file__).parent.glob("*.py"):
         (copy,) = packaged.glob(f"artifacts/speck_models_*/{source.name}")
         assert copy.read_bytes() == source.read_bytes()
+    assert (packaged / "artifacts" / "operating_point.json").read_bytes() == OPERATING_POINT.encode()
     assert not [line for line in (packaged / "requirements.txt").read_text().split() if "==" not in line or "+" in line]
 
 

@@ -61,6 +61,20 @@ def test_equals_pycocotools_where_hundreds_are_detected_with_few_scores() -> Non
     assert_both_ways_agree(truth, found, coco_rules(500))
 
 
+@pytest.mark.parametrize("rules", [coco_rules(), aitod_rules()], ids=lambda r: r[0])
+@pytest.mark.parametrize("side_px", [2, 8, 16, 32, 64, 96])
+def test_equals_pycocotools_where_areas_lie_on_a_bound(side_px: int, rules: CocoRules) -> None:
+    square = [100, 100, side_px, side_px]
+    larger = [100, 100, side_px, side_px + 0.01]
+    elsewhere = [500, 500, side_px, side_px]
+    # The object is on the bound and its detection beyond, or the other way round; a more likely one hits nothing.
+    for bound_first in (True, False):
+        one, other = (square, larger) if bound_first else (larger, square)
+        truth = ground_truth((1, 1, one), (1, 1, [300, 300, side_px, side_px]))
+        found = [detection(1, 1, other, 0.5), detection(1, 1, elsewhere, 0.8)]
+        assert_both_ways_agree(truth, found, rules)
+
+
 def test_equals_pycocotools_under_an_ignore_rule() -> None:
     truth, found = random_set(1)
     for image in truth["images"][::2]:

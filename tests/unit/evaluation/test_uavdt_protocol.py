@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from evaluation import uavdt
 from evaluation.score_files import read_files
-from evaluation.tables import DetectionTable, Tables, TruthTable
-from evaluation.uavdt import NO_CLASS, score_uavdt
+from evaluation.tables import DetectionTable, Tables, TruthTable, tabulate
+from evaluation.uavdt import NO_CLASS, lies_inside, score_uavdt
 
 SHARED = Path(os.environ.get("SPECK_SHARED_DATASETS", Path(__file__).parents[4] / "shared" / "datasets"))
 FIXTURE = SHARED / "uavdt_small"
@@ -95,6 +95,36 @@ def test_a_wrong_reading_gives_the_wrong_number(
     right = overall(tables)
     monkeypatch.setattr(uavdt, name, wrong)
     assert overall(tables) - right == pytest.approx(expected["sensitivity"]["changes"][reading], abs=1e-9, rel=0)
+
+
+@pytest.mark.parametrize(
+    ("box_xywh_px", "inside"),
+    [
+        ([11, 11, 18, 28], True),
+        ([10, 11, 18, 28], False),
+        ([11, 10, 18, 28], False),
+        ([11, 11, 19, 28], False),
+        ([11, 11, 18, 29], False),
+        ([11, 11, 20, 28], False),
+    ],
+)
+def test_a_box_that_touches_a_side_of_a_region_is_not_inside(box_xywh_px: list[int], inside: bool) -> None:
+    regions = np.array([[10, 10, 20, 30], [200, 200, 5, 5]], float)
+    assert lies_inside(np.array([box_xywh_px], float), regions).tolist() == [inside]
+
+
+def test_the_regions_of_two_sequences_are_not_read() -> None:
+    sequences = ("M0203", "M0209", "M0801")
+    images = [
+        {"id": i, "file_name": f"{name}/img000001.jpg", "width": 100, "height": 100,
+         "ignore_regions_xywh": [[0, 0, 50, 50]]}
+        for i, name in enumerate(sequences)
+    ]  # fmt: skip
+    truth = {"images": images, "categories": [{"id": 1, "name": "car"}], "annotations": []}
+    for i, name in enumerate(sequences):
+        found = [{"image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20], "score": 0.9}]
+        num_dropped = score_uavdt(tabulate(truth, found)).counts["num_ignored_detections"]
+        assert num_dropped == int(name == "M0203"), name
 
 
 def test_means_over_classes_and_ties_in_reverse_order_are_other_numbers() -> None:

@@ -105,6 +105,19 @@ def test_detections_on_a_difficult_object_count_neither_way_and_its_iou_is_the_u
         assert (scored.counts["num_ground_truths"], scored.counts["num_crowds"]) == (1, 1)
 
 
+@pytest.mark.parametrize(("difficult_first", "is_hit", "is_counted"), [(False, True, True), (True, False, False)])
+def test_of_equal_overlaps_the_first_object_is_the_detection_s(
+    difficult_first: bool, is_hit: bool, is_counted: bool
+) -> None:
+    truth = two([0, 0, 10, 10], [4, 0, 10, 10], difficult=1)
+    if difficult_first:
+        truth["annotations"].reverse()
+    # In the middle: IoU 2/3 with both.
+    tables = tabulate(truth, [{"image_id": 1, "category_id": 1, "bbox": [2, 0, 10, 10], "score": 0.9}])
+    outcomes = voc_outcomes(tables.truths, tables.detections)
+    assert (outcomes.is_hit.tolist(), outcomes.is_counted.tolist()) == ([is_hit], [is_counted])
+
+
 def test_the_area_under_the_curve_by_hand() -> None:
     hits = np.array([True, False, True, False])
     assert average_precision(hits, np.ones(4, bool), 2) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)

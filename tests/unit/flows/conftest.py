@@ -67,9 +67,9 @@ def make_result() -> Callable[..., RunResult]:
 
 
 def _score(spec: RunSpec, split: Literal["val", "test"], ap: float | None) -> ScoreResult:
-    options = score_options(spec)
+    options, protocol = score_options(spec), spec.dataset.card.protocol
     return ScoreResult(
-        run_key=spec.run_key, score_key=score_key("coco", options), protocol="coco", dataset_name=spec.dataset.name,
+        run_key=spec.run_key, score_key=score_key(protocol, options), protocol=protocol, dataset_name=spec.dataset.name,
         dataset_version=spec.dataset.version, split=split, options=options,
         metrics={"coco/AP": ap, "coco/AP50": None if ap is None else ap / 2 + 0.5, "coco/AP_small": None},
         per_class={"bright": {"coco/AP": ap, "coco/AR": 0.75}, "dark": {"coco/AP": None}}, counts={"num_images": 8},

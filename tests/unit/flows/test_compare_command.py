@@ -14,9 +14,12 @@ from data.card import DatasetCard
 from data.splits import SplitRule
 from evaluation.significance import NotComparable
 from flows.cli import app, is_expected
-from flows.compare import group_images
+from flows.compare import compare_runs, group_images
+from flows.evaluate import find_result
 from flows.settings import Settings
+from training.checkpoint import write_json
 from training.records import RunResult, hash_files, write_result
+from training.scoring import read_ground_truth
 from training.spec import RunSpec, ScoringSpec
 
 Finish = Callable[..., str]
@@ -122,6 +125,56 @@ def test_runs_under_other_rules_are_refused_and_other_detection_options_are_told
     assert "detected under different options, which is part of the difference: nms_iou 0.65 and 0.5" in answer.output
     assert speck(base, finer, "--split", "train").exit_code == 2
     assert speck(base, finer, "--samples", "0").exit_code == 2
+
+
+def with_card(spec: RunSpec, **changes: Any) -> RunSpec:
+    card = spec.dataset.card.model_copy(update=changes)
+    return spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"card": card})})
+
+
+def test_runs_are_compared_by_sequences_and_by_the_dataset_s_own_protocol(
+    finish: Finish, tiny_spec: Callable[..., RunSpec]
+) -> None:
+    # Pictures 000 to 003 are a sequence each, 004 to 007 are one.
+    by_sequence = SplitRule(rule="by-sequence", sequence=r"-00([0-3])?")
+    some, everything = (
+        finish(with_card(tiny_spec(seed=seed), protocol="voc", splits=by_sequence), share)
+        for seed, share in ((0, 0.3), (1, 1.0))
+    )
+    compared = json.loads(speck(some, everything, "--json", "--samples", "20").stdout)
+    assert (compared["num_groups"], compared["num_images"], compared["resampled"]) == (5, 8, "sequences")
+    assert compared["metrics"]["voc/mAP50"]["second"] == 1.0
+    assert {"coco/AP", "voc/AP50"} <= compared["per_class"]["bright"].keys()
+
+
+def test_the_page_shows_what_each_run_s_own_threshold_leaves(
+    finish: Finish, settings: Settings, tiny_spec: Callable[..., RunSpec], tmp_path: Path
+) -> None:
+    keys = [finish(tiny_spec(seed=seed), 1.0) for seed in (0, 1)]
+    artifacts = settings.storage / keys[1] / "artifacts"
+    # All detections have a score of 0.9.
+    chosen = {"score": 0.95, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    write_json(artifacts / "operating_point.json", {"overall": chosen, "per_class": {}})
+    assert speck(*keys, "--samples", "10", "--out", str(tmp_path)).exit_code == 0
+    page = (tmp_path / "comparison.html").read_text()
+    assert re.findall(r"scores from ([\d.]+)", page) == ["0.300", "0.950"]
+    found_by_both, only_by_first = re.findall(r"(?:found by both|only by [^<]*)</t[hd]><td[^>]*>(\d+)<", page)[:2]
+    assert (found_by_both, int(only_by_first) > 0) == ("0", True)
+
+
+def test_what_the_ignore_rule_takes_out_is_neither_scored_nor_shown(
+    finish: Finish, tiny_spec: Callable[..., RunSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_ignored(*arguments: Any) -> dict[str, Any]:
+        truth = read_ground_truth(*arguments)
+        images = [image | {"ignore_regions_xywh": [[0, 0, 64, 64]]} for image in truth["images"]]
+        return truth | {"images": images}
+
+    monkeypatch.setattr("flows.compare.read_ground_truth", all_ignored)
+    settings = Settings()
+    runs = [find_result(finish(tiny_spec(seed=seed), share), settings) for seed, share in ((0, 0.3), (1, 1.0))]
+    assert compare_runs(*runs, settings, "val", num_samples=5, out=tmp_path).headline == "val: no ground truth"
+    assert "No image has another outcome." in (tmp_path / "comparison.html").read_text()
 
 
 def test_frames_of_a_sequence_are_drawn_together(tiny: Any) -> None:

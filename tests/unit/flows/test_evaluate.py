@@ -16,9 +16,11 @@ import flows.find_model
 from data.tiling import TileGrid, Tiling
 from data.versioning import DatasetVersion
 from evaluation.coco import score
+from evaluation.detector import Detected
+from evaluation.foreground import ObjectScore
 from evaluation.result import ScoreResult
 from flows.cli import main
-from flows.evaluate import BadScoring, UnknownRun, _Pace, with_rules
+from flows.evaluate import BadScoring, UnknownRun, _Pace, find_result, score_again, with_rules
 from flows.find_model import FoundModel, OtherClasses, UnknownModel, UnpreparedDataset, find_model
 from flows.settings import Settings
 from tracking.registry import Version
@@ -100,6 +102,42 @@ def test_a_run_is_scored_and_written_as_coco_results(
     expected = score(truth, detections, ignore_rule="covered-half").metrics
     assert {name: value for name, value in result.metrics.items() if name.startswith("coco/")} == expected
     assert len(detections) == result.counts["num_detections"] > 50
+
+
+def test_a_run_s_own_operating_point_is_what_a_split_is_measured_at(
+    evaluate: Callable[..., Any], weights: Path, run: RunSpec, tmp_path: Path
+) -> None:
+    chosen = {"score": 0.0625, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    write_json(weights.with_name("operating_point.json"), {"overall": chosen, "per_class": {}})
+    code, out, _ = evaluate(run.run_key, "--no-latency", "--json", "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert json.loads(out)["metrics"]["analysis/threshold"] == 0.0625
+    assert json.loads((tmp_path / "out" / "analysis_test.json").read_text())["chosen_on"] == "val"
+
+
+def test_a_run_scored_again_measures_test_at_the_point_that_val_chose(
+    run: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only now does the environment say where the dataset is fetched from.
+    settings, scores = Settings(), iter([0.75, 0.5])
+
+    def every_object(*_: Any, ground_truth: Any) -> Detected:
+        confidence = next(scores)
+        found = [
+            {name: box[name] for name in ("image_id", "category_id", "bbox")} | {"score": confidence}
+            for box in ground_truth["annotations"]
+        ]
+        return Detected(found, {}, [ObjectScore(box["id"], 1.0, confidence) for box in ground_truth["annotations"]])
+
+    monkeypatch.setattr("flows.evaluate.detect_split", every_object)
+    result = score_again(find_result(run.run_key, settings), run, settings)
+    points = {split: scored.metrics["analysis/threshold"] for split, scored in result.scores.items()}
+    assert points == {"val": 0.75, "test": 0.75}
+    # Every object of test has a detection below that score.
+    assert (result.scores["test"].metrics["coco/AP"], result.scores["test"].metrics["analysis/recall"]) == (1, 0)
+    artifacts = settings.storage / run.run_key / "artifacts"
+    assert json.loads((artifacts / "operating_point.json").read_text())["overall"]["score"] == 0.75
+    assert json.loads((artifacts / "analysis_test.json").read_text())["chosen_on"] == "val"
 
 
 def test_the_text_says_by_which_rules(evaluate: Callable[..., Any], run: RunSpec) -> None:

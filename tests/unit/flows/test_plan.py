@@ -10,10 +10,12 @@ import torch
 
 import flows.plan
 from data.summary import DatasetSummary
+from evaluation.result import score_key
 from flows.plan import OUTSIDE_JOB_S, OVERHEAD_S, plan_cell, plan_cells
 from flows.settings import Settings
 from training.checkpoint import save_checkpoint
 from training.records import RESULT, JournalEntry, RunResult, hash_files, record_attempt, write_entry, write_result
+from training.scoring import score_options
 from training.spec import RunSpec
 
 
@@ -67,6 +69,22 @@ def test_a_whole_result_is_all_there_is_to_do(settings: Settings, spec: RunSpec,
     planned = plan_cell(spec, settings)
     assert planned.state == "cached"
     assert "other code" not in planned.why
+
+
+def test_a_result_is_whole_by_the_protocol_of_its_dataset(
+    settings: Settings, cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult]
+) -> None:
+    spec = cell_spec()
+    card = spec.dataset.card.model_copy(update={"protocol": "visdrone"})
+    spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"card": card})})
+    result = make_result(spec, 0.25, 0.5, code_hash=plan_cell(spec, settings).code_hash)
+    (settings.storage / spec.run_key).mkdir(parents=True)
+    write_result(settings.storage / spec.run_key, result)
+    assert plan_cell(spec, settings).state == "cached"
+    by_coco = result.scores["test"].model_copy(update={"score_key": score_key("coco", score_options(spec))})
+    changed = result.model_copy(update={"scores": result.scores | {"test": by_coco}})
+    write_result(settings.storage / spec.run_key, changed)
+    assert plan_cell(spec, settings).state == "score"
 
 
 def test_other_scoring_rules_ask_for_a_score_and_no_training(

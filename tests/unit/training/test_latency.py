@@ -50,6 +50,25 @@ def test_times_are_per_input_and_throughput_counts_whole_batches(
     assert (found.device, found.threads, found.precision) == ("cpu", torch.get_num_threads(), "fp32")
 
 
+def test_the_warm_up_is_not_timed_and_the_percentiles_are_those_of_the_rest(
+    tiny: Any, tiny_spec: MakeSpec, tick_s: list[float]
+) -> None:
+    spec, num_looks = tiny_spec(), [0]
+    model = build_model(spec)
+
+    def slower_each_time(*_: Any) -> None:
+        num_looks[0] += 1
+        tick_s[0] = num_looks[0] / 1000
+
+    model.register_forward_hook(slower_each_time)
+    found = measure_latency(spec, model, split_inputs(spec, tiny.folder, "train"), CPU)
+    # Ten single looks to warm up, 24 that take 11 to 34 ms, then two batches to warm up and three of 37 to 39 ms.
+    assert num_looks == [10 + 24 + 2 + 3]
+    assert found.p50_ms == pytest.approx((11 + 34) / 2)
+    assert found.p95_ms == pytest.approx(11 + 0.95 * 23)
+    assert found.inputs_per_s == pytest.approx(3 * 8 / (0.037 + 0.038 + 0.039))
+
+
 def test_a_slow_model_is_timed_on_fewer_inputs(tiny: Any, tiny_spec: MakeSpec, tick_s: list[float]) -> None:
     tick_s[0] = 1.0
     found = measured(tiny_spec(), tiny)
