@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from evaluation.analysis_records import Analysis, IgnoredHits, OperatingPoint
-from evaluation.coco import scored_rows
+from evaluation.analysis_records import SIZES_PX, Analysis, IgnoredHits, OperatingPoint
+from evaluation.coco import mean_of_known, scored_rows
 from evaluation.confusion import confusion, recall_by_size
 from evaluation.error_types import error_types
 from evaluation.ignore import IgnoreRule
 from evaluation.inspection import inspection
 from evaluation.judged import judge
 from evaluation.operating_point import choose_operating_point, measure_operating_point
+from evaluation.outcomes import curves_of, outcomes_of
 from evaluation.reliability import reliability
 from evaluation.score import Score
-from evaluation.tables import Tables
+from evaluation.tables import DetectionTable, Tables, TruthTable
 
 
 def analyse(
@@ -42,11 +43,20 @@ def analyse(
         chosen_on,
         error_types(judged, threshold),
         recall_by_size(judged, threshold),
+        _ap_by_size(truths, detections, len(tables.class_names), max_dets),
         confusion(judged, threshold),
         reliability(judged),
         inspection(tables, judged, threshold),
         IgnoredHits(int(num_in_regions), int(num_on_crowds)),
     )
+
+
+def _ap_by_size(
+    truths: TruthTable, detections: DetectionTable, num_classes: int, max_dets: int
+) -> dict[str, float | None]:
+    areas = {name: (low**2, high**2) for name, (low, high) in SIZES_PX.items()}
+    precision, _ = curves_of(outcomes_of(truths, detections, areas, max_dets), num_classes, ())
+    return {name: mean_of_known(precision[..., place]) for place, name in enumerate(areas)}
 
 
 def headline(analysis: Analysis) -> Score:
@@ -66,6 +76,7 @@ def headline(analysis: Analysis) -> Score:
         "calibration_error": analysis.reliability.expected_calibration_error,
     }
     metrics |= {f"lost_AP50_{name.replace(' ', '_')}": lost for name, lost in analysis.error_types.lost_ap50.items()}
+    metrics |= {f"AP_{size.replace(' ', '_')}": ap for size, ap in analysis.ap_by_size.items()}
     for row in analysis.recall_by_size:
         share = row.num_found_at_threshold / row.num_objects if row.num_objects else None
         metrics[f"recall_{row.size.replace(' ', '_')}"] = share

@@ -78,7 +78,7 @@ class SizeRecall:
 class Confusion:
     """Objects by true class (rows) and the class of the detection that found them (columns), at the operating point.
 
-    Both have one more at the end: the last row counts detections on no object, the last column objects not found.
+    Both have one more at the end: the last row counts detections left over, the last column objects not found.
     """
 
     class_names: tuple[str, ...]
@@ -147,13 +147,15 @@ class IgnoredHits:
 class Analysis:
     """`operating_point` was chosen on the split `chosen_on`: on val, also for test, which must not choose.
 
-    Its precision, recall and F1 are those of the split analysed.
+    Its precision, recall and F1 are those of the split analysed. `ap_by_size`: AP by COCO's rules, .50:.05:.95, by
+    `SIZES_PX`; as in pycocotools an object on a bound belongs to both sizes.
     """
 
     operating_point: OperatingPoint
     chosen_on: str
     error_types: ErrorTypes
     recall_by_size: list[SizeRecall]
+    ap_by_size: dict[str, float | None]
     confusion: Confusion
     reliability: Reliability
     inspection: Inspection

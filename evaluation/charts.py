@@ -28,6 +28,8 @@ _ERRORS = {
     "duplicate": "one more box on an object that is found",
     "background": "on no object",
     "missed": "objects that nothing above explains",
+    "false positives": "all wrong detections at once",
+    "false negatives": "all objects without a hit at once",
 }
 
 
@@ -124,7 +126,7 @@ def error_table(errors: ErrorTypes) -> str:
         )
         for kind, lost in errors.lost_ap50.items()
     ]
-    return table(("type of error", "AP50 lost", "errors"), rows, "errors")
+    return table(("type of error", "AP50 lost", "errors counted"), rows, "errors")
 
 
 def confusion_table(confusion: Confusion) -> str:
@@ -152,7 +154,7 @@ def confusion_table(confusion: Confusion) -> str:
         counts = merged
     head = ("true class", *(f"<span>{escape(name)}</span>" for name in (*names, "not found")))
     rows = []
-    for row, name in enumerate((*names, "no object")):
+    for row, name in enumerate((*names, "left over")):
         total = int(counts[row].sum())
         cells = [_shaded(int(count), total) for count in counts[row]]
         if row == len(names):

@@ -105,7 +105,7 @@ def _numbers(splits: Sequence[SplitReport], speed: Mapping[str, float] | None) -
     ]
     speeds = [(escape(name.replace("_", " ")), f"{value:,.4g}") for name, value in (speed or {}).items()]
     left = table(("metric", *head), metrics) + (table(("speed", ""), speeds) if speeds else "")
-    right = table(("computed under", *head), option_rows) + table(("counted", *head), counts)
+    right = table(("computed under", *head), option_rows) + table(("counted, at all scores", *head), counts)
     return "".join(lines) + f'<div class="figures"><div>{left}</div><div>{right}</div></div>'
 
 

@@ -76,13 +76,14 @@ def _errors(splits: Sequence[SplitReport]) -> str:
 
     ignored = "".join(
         f"<p>{split.result.split}: {split.analysis.ignored_hits.in_regions:,} detections in ignore regions and "
-        f"{split.analysis.ignored_hits.on_crowds:,} on crowd boxes count neither way.</p>"
+        f"{split.analysis.ignored_hits.on_crowds:,} on crowd boxes count neither way at the operating point.</p>"
         for split in splits
     )
     return ignored + _side_by_side(
         splits, draw,
-        "What AP50, the mean over classes, would gain if errors of one type alone were mended: the longest bar is what "
-        "to work on first. The parts do not add up to all that is lost.",
+        "What AP50, the mean over classes, would gain if errors of one type alone were mended, at all scores as AP is: "
+        "the longest bar of the six types is what to work on first. The parts do not add up to all that is lost. "
+        "Errors are counted at the operating point.",
     )  # fmt: skip
 
 
@@ -99,8 +100,8 @@ def _sizes(splits: Sequence[SplitReport]) -> str:
             parts.append(
                 _side_by_side(
                     splits, partial(_ap_chart, prefix),
-                    f"AP of {prefix} by the size of objects, in that protocol's own areas: where the bars fall, the "
-                    "model loses.",
+                    "COCO's AP by AI-TOD's sizes: where the bars fall, the model loses." if prefix == "analysis" else
+                    f"AP of {prefix} by that protocol's own sizes.",
                 )
             )  # fmt: skip
     last = splits[-1]
@@ -190,8 +191,8 @@ def _confusion(splits: Sequence[SplitReport]) -> str:
     ]
     return "".join(parts) + (
         '<p class="reading">Rows are true classes, columns the class that was reported, at the operating point; the '
-        "darker, the greater its share of the row. Off the diagonal are confusions; the last row counts detections on "
-        "no object.</p>"
+        "darker, the greater its share of the row. Off the diagonal are confusions; the last row counts "
+        "detections left over: on no object, too far off, or on one that another has found.</p>"
     )
 
 
@@ -203,8 +204,8 @@ def _reliability(splits: Sequence[SplitReport]) -> str:
 
     return _side_by_side(
         splits, draw,
-        "Share of right detections by score; below, how many have that score. On the dashed line a score of .8 means "
-        "right in 8 of 10 cases; below it the model is too sure of itself.",
+        "Share of right detections by score, from .05 on; below, how many have that score. On the dashed line a score "
+        "of .8 means right in 8 of 10 cases; below it the model is too sure of itself.",
     )  # fmt: skip
 
 

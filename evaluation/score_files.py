@@ -135,6 +135,10 @@ def _may_be_corners(boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64]
 
 def _notes(tables: Tables, *, are_frames: bool) -> list[str]:
     notes = []
+    if not len(tables.truths.label):
+        notes.append("the ground truth has no object: there is nothing to find")
+    if not len(tables.detections.label):
+        notes.append("there is no detection: nothing is found")
     without_size = np.flatnonzero((tables.truths.boxes_xywh_px[:, 2:] <= 0).any(axis=1))
     if len(without_size):
         name = tables.file_names[tables.truths.image[without_size[0]]]

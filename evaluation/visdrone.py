@@ -169,7 +169,8 @@ def in_ignored_pixels(table: TruthTable | DetectionTable, tables: Tables) -> NDA
     if unknown:
         raise UnknownImageSize(
             f"{len(unknown)} images have ignore regions and no known size, for example "
-            f"{', '.join(map(repr, unknown[:_MAX_NAMED]))}; the protocol needs it: add it (speck score: --image-sizes)"
+            f"{', '.join(map(repr, unknown[:_MAX_NAMED]))}; the protocol needs it: add it (speck score: "
+            "--image-sizes, by names without suffix, of UAVDT by sequence)"
         )
     ignored = np.zeros(len(table.image), bool)
     by_image = zip(rows_by_image(table, len(regions)), regions, tables.image_sizes_px, strict=True)

@@ -29,6 +29,8 @@ ScoredSplit = Literal["val", "test"]
 
 # Fewer draws of fewer things than this say little about what others would give.
 FEW_GROUPS = 20
+# An interval's end is where 2.5% of the samples lie beyond: of fewer samples that is a handful.
+FEW_SAMPLES = 400
 NO_OPERATING_POINT = OperatingPoint(None, {})
 
 
@@ -189,6 +191,8 @@ def notes_on(compared: ComparedRuns) -> list[str]:
         notes.append(f"detected under different options, which is part of the difference: {', '.join(differing)}")
     if comparison.num_groups < FEW_GROUPS:
         notes.append(f"warning: of only {drawn}, fewer than {FEW_GROUPS}, these intervals say little")
+    if comparison.num_samples < FEW_SAMPLES:
+        notes.append(f"warning: {comparison.num_samples} samples are too few for an interval; 1000 are usual")
     partly = [
         name
         for name, found in rows_of(comparison)

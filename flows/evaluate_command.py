@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from flows.output import JsonOption, print_json
+from flows.output import JsonOption, print_classes, print_json
 
 if TYPE_CHECKING:
     from training.latency import Latency
@@ -42,6 +42,10 @@ def evaluate(
     """Score a model again: a finished run's, a registered one's or a weights file, on any split of its classes."""
     if split not in {"val", "test", "train"}:
         raise typer.BadParameter(f"{split!r} is no split; use val, test or train", param_hint="--split")
+    if architecture is not None and input_size is None:
+        raise typer.BadParameter(
+            "weights alone do not tell the size that they were trained at", param_hint="--input-size"
+        )
     from dataclasses import asdict
 
     from flows.evaluate import dataset_folder, score_run, with_rules
@@ -49,7 +53,7 @@ def evaluate(
     from flows.settings import Settings
     from training.artifacts import write_scores
     from training.latency import measure_latency, speed_of
-    from training.scoring import split_inputs
+    from training.scoring import score_options, split_inputs
 
     settings, part = Settings(), cast("Split", split)
     with find_model(model, settings, dataset=dataset, architecture=architecture) as found:
@@ -78,6 +82,7 @@ def evaluate(
         if latency:
             inputs = split_inputs(spec, dataset_folder(spec, settings), part)
             timed = measure_latency(spec, detector, inputs, next(detector.parameters()).device)
+    chosen_otherwise = found.operating_point is not None and score_options(spec) != score_options(found.spec)
     # On another dataset the spec has another key, but the weights are still that run's.
     scored = by_split[part]
     scored = scored._replace(result=scored.result.model_copy(update={"run_key": found.run_key}))
@@ -87,10 +92,10 @@ def evaluate(
     if as_json:
         print_json(scored.result.model_dump(mode="json") | ({} if timed is None else {"latency": asdict(timed)}))
     else:
-        _print(scored, timed)
+        _print(scored, timed, chosen_otherwise)
 
 
-def _print(scored: Scored, latency: Latency | None) -> None:
+def _print(scored: Scored, latency: Latency | None, chosen_otherwise: bool) -> None:
     result, options = scored.result, scored.result.options
     tiling = options.tiling
     looked_at = "whole pictures" if tiling is None else f"tiles of {tiling.size_px} px, overlap {tiling.overlap_px} px,"
@@ -102,8 +107,13 @@ def _print(scored: Scored, latency: Latency | None) -> None:
     typer.echo("  " + ", ".join(f"{name.removeprefix('num_')} {count}" for name, count in result.counts.items()))
     for name, value in result.metrics.items():
         typer.echo(f"  {name:40} {'-' if value is None else f'{value:.4f}'}")
+    print_classes(result.per_class, ["coco/AP", "coco/AP50", f"{result.protocol}/AP"])
     if scored.analysis.chosen_on == result.split == "test":
         typer.echo("  note: nothing on val chose the thresholds of analysis/...: test did, which flatters them")
+    elif chosen_otherwise:
+        typer.echo(
+            "  note: the thresholds of analysis/... were chosen on val, under the options of the model's own run"
+        )
     if latency is not None:
         what = "images" if tiling is None else "tiles"
         tiles = "" if tiling is None else f"; {latency.inputs_per_image:.1f} tiles an image"

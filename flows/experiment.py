@@ -247,6 +247,18 @@ def _apply(content: dict[str, Any], change: str) -> None:
             raise BadExperiment(f"--set {change!r}: {parent!r} holds {inner!r}, which has no keys; set it as a whole")
         place = inner
     place[last] = value
+    if parents[:1] == ["training"]:
+        # What is said now holds for every dataset; a dataset's own recipe would win over it without a word.
+        for recipe in (content.get("training_by_dataset") or {}).values():
+            _forget(recipe, [*parents[1:], last])
+
+
+def _forget(content: Any, path: Sequence[str]) -> None:
+    """Take the value at a path of keys out, if there is one."""
+    for key in path[:-1]:
+        content = content.get(key) if isinstance(content, dict) else None
+    if isinstance(content, dict):
+        content.pop(path[-1], None)
 
 
 def readable_errors(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:

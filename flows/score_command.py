@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flows.output import JsonOption, print_json
+from flows.output import JsonOption, print_classes, print_json, shown
 
 if TYPE_CHECKING:
     from evaluation.score import Score
@@ -78,8 +77,8 @@ def score(
     for title, rows in (("rules", in_force), ("counts", counts), ("metrics", scored.metrics)):
         typer.echo(f"\n{title}")
         for name, value in rows.items():
-            typer.echo(f"  {name:28} {_shown(value)}")
-    _print_classes(scored.per_class)
+            typer.echo(f"  {name:28} {shown(value)}")
+    print_classes(scored.per_class)
     for note in notes:
         typer.echo(f"\nnote: {note}")
 
@@ -92,21 +91,3 @@ def _notes(scored: Score) -> list[str]:
         f"the detections of {unsorted} images are not sorted by score, descending: those beyond max_dets are cut off "
         "in the order of the file, as the official toolkit does; sort them"
     ]
-
-
-def _print_classes(per_class: Mapping[str, Mapping[str, float | None]]) -> None:
-    names = list(dict.fromkeys(name for values in per_class.values() for name in values))
-    titles = [name.rpartition("/")[2] for name in names]
-    width = max((len(name) for name in per_class), default=0)
-    typer.echo("\n" + "per class".ljust(width + 2) + "".join(f"  {title:>6}" for title in titles))
-    for name, values in per_class.items():
-        shown = (f"{values[n]:.0f}" if n.startswith("num_") else _shown(values[n]) for n in names)
-        columns = (f"  {text:>{max(6, len(title))}}" for text, title in zip(shown, titles, strict=True))
-        typer.echo(f"  {name:{width}}" + "".join(columns))
-
-
-def _shown(value: float | str | None) -> str:
-    """`-` is for what has no ground truth to score against."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

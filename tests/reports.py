@@ -75,6 +75,7 @@ def analysis(classes: list[str], *, has_objects: bool = True) -> Analysis:
             SizeRecall(size, 8 * has_objects, 4 * has_objects, 2 * has_objects, dict.fromkeys(classes, (8, 4, 2)))
             for size in SIZES_PX
         ],
+        ap_by_size=dict.fromkeys(SIZES_PX, 0.25 if has_objects else None),
         confusion=Confusion(tuple(classes), (np.eye(num + 1, dtype=int) * 5).tolist()),
         reliability=Reliability(
             [ReliabilityBin(0.5, 0.75, 20, 0.625, 0.5), ReliabilityBin(0.75, 1, 10, 0.9, 1.0)], 0.1

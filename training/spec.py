@@ -18,6 +18,9 @@ from data.augment import AugmentConfig
 from data.card import DatasetCard
 from data.tiling import TileGrid
 
+# Of the network's square input: beyond it a batch takes more memory than machines have.
+MAX_INPUT_PX = 8192
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -66,7 +69,7 @@ class TrainingSpec(_Section):
 
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(16, ge=1)
-    input_size_px: int = Field(320, ge=32, multiple_of=32)
+    input_size_px: int = Field(320, ge=32, le=MAX_INPUT_PX, multiple_of=32)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(0.01, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -107,7 +110,9 @@ class ScoringSpec(_Section):
     max_dets: int = Field(100, ge=1)
     # These are left out where there is nothing to say: the keys of scores from before they were there stay the same.
     tiling: TileGrid | None = Field(None, exclude_if=lambda tiling: tiling is None)
-    input_size_px: int | None = Field(None, ge=32, multiple_of=32, exclude_if=lambda side: side is None)
+    input_size_px: int | None = Field(
+        None, ge=32, le=MAX_INPUT_PX, multiple_of=32, exclude_if=lambda side: side is None
+    )
     flip: bool = Field(False, exclude_if=lambda flip: not flip)
 
 

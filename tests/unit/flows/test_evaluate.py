@@ -164,7 +164,8 @@ def test_a_file_is_the_run_beside_whose_spec_it_lies(
     model = found(str(alone), settings, dataset=NAME, architecture="yolox-nano")
     assert model.run_key == file_sha256(alone)[:12]
     assert (model.spec.dataset, model.spec.training.input_size_px) == (run.dataset, 320)
-    code, _, err = evaluate(str(alone), NAME, "--architecture", "yolox-nano")
+    assert "--input-size" in evaluate(str(alone), NAME, "--architecture", "yolox-nano")[2]
+    code, _, err = evaluate(str(alone), NAME, "--architecture", "yolox-nano", "--input-size", "64")
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith("UnfitWeights: ")
     assert "have no counterpart of the same shape" in err

@@ -254,3 +254,12 @@ def test_a_list_of_settings_makes_a_cell_of_each(small: Path) -> None:
 def test_wrong_settings_name_their_rule(small: Path, change: str, rule: str) -> None:
     with pytest.raises((BadExperiment, LookupError), match=rule):
         load_experiment(small, [change])
+
+
+def test_a_change_of_the_recipe_holds_for_every_dataset(small: Path) -> None:
+    own = "training_by_dataset.sample-aerial={epochs: 9, batch_size: 4, augment: {translate: 0.3, scale_min: 0.7}}"
+    sets = [own, "training.epochs=3", "training.augment.scale_min=0.9"]
+    training = load_experiment(small, sets).training_for("sample-aerial")
+    assert (training.epochs, training.batch_size) == (3, 4)
+    assert (training.augment.scale_min, training.augment.translate) == (0.9, 0.3)
+    assert load_experiment(small, [*sets[1:], own]).training_for("sample-aerial").epochs == 9

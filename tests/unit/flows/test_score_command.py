@@ -145,4 +145,4 @@ def test_bad_files_are_an_answer_and_no_fault(files: Path) -> None:
     answer = speck_score("visdrone", files, files / "detections")
     assert answer.exception is not None
     assert is_expected(answer.exception)
-    assert "'a.jpg'; the protocol needs it: add it (speck score: --image-sizes)" in str(answer.exception)
+    assert "'a.jpg'; the protocol needs it: add it (speck score: --image-sizes, by names" in str(answer.exception)
