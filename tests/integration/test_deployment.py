@@ -159,7 +159,8 @@ def test_the_run_is_in_mlflow_and_holds_the_alias(deployed: Deployed, finished: 
     assert (run.info.status, run.data.tags["speck.run_key"]) == ("FINISHED", finished.result.run_key)
     score = finished.result.scores["test"].metrics["coco/AP"]
     assert run.data.metrics["final/test/coco/AP"] == holder.scores["test/coco/AP"] == score
-    assert run.data.metrics["final/test/analysis/threshold"] == run.data.metrics["final/val/analysis/threshold"]
+    escaped = finished.result.scores["test"].metrics["analysis/escape_rate"]
+    assert run.data.metrics["final/test/analysis/escape_rate"] == escaped
     report = Path(client.download_artifacts(holder.run_id, "report.html")).read_text()
     assert f"run {finished.result.run_key}" in report
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
