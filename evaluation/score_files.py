@@ -13,7 +13,14 @@ from evaluation.checks import some
 from evaluation.coco_files import read_coco, read_json
 from evaluation.file_problems import FileTables, Problems
 from evaluation.tables import Tables
-from evaluation.text_files import read_uavdt, read_visdrone, regions_alone, uavdt_ground_truth, visdrone_annotations
+from evaluation.text_files import (
+    read_uavdt,
+    read_visdrone,
+    regions_alone,
+    sequences_without_regions,
+    uavdt_ground_truth,
+    visdrone_annotations,
+)
 from evaluation.uavdt import NO_CLASS
 from evaluation.visdrone import NOT_SCORED
 
@@ -74,6 +81,8 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
         notes.append(
             f"{len(alone)} files of ignore regions are not used, their sequences have no *_gt_whole.txt: {some(alone)}"
         )
+    if whole is not None and (bare := sequences_without_regions(whole)):
+        notes.append(f"{len(bare)} sequences have no *_gt_ignore.txt, so no region of theirs is ignored: {some(bare)}")
     if is_coco or with_others:
         return ScoreFiles(tables, {}, tuple(notes))
     tables, counts = _without_others(tables)

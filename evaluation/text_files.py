@@ -56,6 +56,12 @@ def regions_alone(ground_truth: Path) -> list[str]:
     return [f"{name}{_IGNORE}" for name in _text_files(ground_truth, _IGNORE) if name not in sequences]
 
 
+def sequences_without_regions(ground_truth: Path) -> list[str]:
+    """Sequences in a folder of UAVDT ground truth that have no file of ignore regions, though others have."""
+    with_regions = _text_files(ground_truth, _IGNORE)
+    return [name for name in _text_files(ground_truth, _WHOLE) if with_regions and name not in with_regions]
+
+
 def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> FileTables:
     """Classes are 1 to 10 and, at the end, `others`; sizes are those of pictures in `images/` beside, else 0.
 

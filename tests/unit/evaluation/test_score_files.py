@@ -45,6 +45,7 @@ UAVDT = {
     "GT/M0209_gt_whole.txt": "1,1,10,10,20,20,1,1,1\n3,1,14,10,20,20,1,1,2\n",
     "GT/M0209_gt_ignore.txt": "2,1,60,60,40,40,1,-1,-1\n",
     "GT/M1004_gt_whole.txt": "5,1,10,10,20,20,1,1,3\n",
+    "GT/M1004_gt_ignore.txt": "",
     "found/M0209.txt": "3,-1,14,10,20,20,0.75,1,2\n1,-1,10,10,20,20,0.5,1,1\n4,-1,1,1,9,9,0.25,1,1\n",
     "found/M1004.txt": "",
 }
@@ -385,3 +386,16 @@ def test_the_fixture_in_coco_terms_equals_pycocotools() -> None:
         assert found == pytest.approx(values, abs=1e-9, rel=0)
         per_class = [100 * (row[f"{protocol}/AP"] or 0) for row in scored.per_class.values()]
         assert per_class == pytest.approx(list(known["all"]["per_class_AP"].values()), abs=1e-9, rel=0)
+
+
+def test_a_sequence_without_a_file_of_ignore_regions_is_told_where_others_have_one(tmp_path: Path) -> None:
+    files = {"GT/M0208_gt_whole.txt": "1,1,10,10,20,20,1,1,1\n", "found/M0208.txt": ""}
+    told = [note for note in read_uavdt(tmp_path, files).notes if "no *_gt_ignore.txt" in note]
+    assert told == ["1 sequences have no *_gt_ignore.txt, so no region of theirs is ignored: M0208"]
+
+
+def test_nothing_to_find_and_nothing_found_are_told(tmp_path: Path) -> None:
+    nothing = {"GT/M1004_gt_whole.txt": "", "GT/M0209_gt_whole.txt": "", "found/M1004.txt": "", "found/M0209.txt": ""}
+    notes = read_uavdt(tmp_path, nothing).notes
+    assert "the ground truth has no object: there is nothing to find" in notes
+    assert "there is no detection: nothing is found" in notes
