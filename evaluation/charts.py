@@ -88,7 +88,11 @@ def size_bars(sizes: Sequence[SizeRecall]) -> str:
 def ap_bars(ap: Mapping[str, float | None], title: str) -> str:
     """AP by name of a size; None where there is no such object."""
     groups = [
-        (name, "" if value is not None else "no objects", [Column(value, f"{name}: AP {_number(value)}")])
+        (
+            name.replace(" and more", "+"),
+            "" if value is not None else "no objects",
+            [Column(value, f"{name}: AP {_number(value)}")],
+        )
         for name, value in ap.items()
     ]
     return columns(groups, "AP", title)

@@ -44,11 +44,12 @@ def write_comparison(
     ground_truth: Mapping[str, Any],
     sides: tuple[Side, Side],
     *,
+    scored_on: str,
     ignore_rule: IgnoreRule,
     comparison: Comparison | None = None,
     num_images: int = 12,
 ) -> None:
-    """Write the page, with the table of a `comparison` of the two, if given.
+    """Write the page, with the table of a `comparison` of the two, if given. `scored_on`: dataset, version and split.
 
     Images are ordered by objects that only one run found plus the gap in false positives.
 
@@ -78,7 +79,13 @@ def write_comparison(
         "Objects": _totals(differences, sides),
         "Where they differ": reading + pictures if shown else "<p>No image has another outcome.</p>",
     }
-    page = document(title, f"<h1>{escape(title)}</h1>", sections, STYLE.read_text(encoding="utf-8"))
+    header = f"<h1>{escape(title)}</h1><p><code>{escape(scored_on)}</code></p>"
+    page = document(title, header, sections, STYLE.read_text(encoding="utf-8"))
+        title,
+        f"<h1>{escape(title)}</h1><p><code>{escape(scored_on)}</code></p>",
+        sections,
+        STYLE.read_text(encoding="utf-8"),
+    )
     path.write_text(page, encoding="utf-8")
 
 

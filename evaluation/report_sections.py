@@ -115,7 +115,7 @@ def _ap_chart(prefix: str, split: SplitReport) -> str:
 def _ap_by_size(prefix: str, split: SplitReport) -> dict[str, float | None]:
     start = f"{prefix}/AP_"
     metrics = split.result.metrics.items()
-    return {name.removeprefix(start): value for name, value in metrics if name.startswith(start)}
+    return {name.removeprefix(start).replace("_", " "): value for name, value in metrics if name.startswith(start)}
 
 
 def _recall_by_class(sizes: Sequence[SizeRecall], split: str) -> str:

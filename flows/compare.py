@@ -115,8 +115,15 @@ def compare_runs(
             for run, found, point in zip((first, second), detections, points, strict=True)
         ]
         page = out / "comparison.html"
+        dataset = first.spec.dataset
         write_comparison(
-            page, folder / "images", truth, (sides[0], sides[1]), ignore_rule=options.ignore_rule, comparison=comparison
+            page,
+            folder / "images",
+            truth,
+            (sides[0], sides[1]),
+            scored_on=f"{dataset.name} · dataset version {dataset.version} · {split}",
+            ignore_rule=options.ignore_rule,
+            comparison=comparison,
         )
     return compared
 

@@ -140,7 +140,9 @@ def test_a_threshold_of_another_split_is_shown_once(tmp_path: Path, truth: dict[
 def compare(folder: Path, truth: dict[str, Any], a: Any, b: Any, **options: Any) -> Page:
     path = folder / "compare.html"
     sides = (Side(HOSTILE, a, 0.5), Side("B", b, 0.25))
-    write_comparison(path, folder / "images", truth, sides, ignore_rule="covered-half", **options)
+    write_comparison(
+        path, folder / "images", truth, sides, scored_on="tiny test", ignore_rule="covered-half", **options
+    )
     return Page(path.read_text())
 
 

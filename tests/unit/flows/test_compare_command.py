@@ -87,6 +87,7 @@ def test_a_page_shows_where_they_differ(finish: Finish, tiny_spec: Callable[...,
     page = (folder / "comparison.html").read_text()
     assert some in page
     assert page.count("data:image/jpeg") > 2
+    assert "· test</code>" in page
     found = printed["metrics"]["coco/AP"]
     assert f"<td>{found['difference']:+.3f}</td><td>{found['low']:+.3f} to {found['high']:+.3f}</td>" in page
 
