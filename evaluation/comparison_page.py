@@ -81,11 +81,6 @@ def write_comparison(
     }
     header = f"<h1>{escape(title)}</h1><p><code>{escape(scored_on)}</code></p>"
     page = document(title, header, sections, STYLE.read_text(encoding="utf-8"))
-        title,
-        f"<h1>{escape(title)}</h1><p><code>{escape(scored_on)}</code></p>",
-        sections,
-        STYLE.read_text(encoding="utf-8"),
-    )
     path.write_text(page, encoding="utf-8")
 
 
