@@ -388,14 +388,11 @@ def test_the_fixture_in_coco_terms_equals_pycocotools() -> None:
         assert per_class == pytest.approx(list(known["all"]["per_class_AP"].values()), abs=1e-9, rel=0)
 
 
-def test_a_sequence_without_a_file_of_ignore_regions_is_told_where_others_have_one(tmp_path: Path) -> None:
+def test_a_sequence_without_ignore_regions_and_a_set_without_objects_or_detections_are_told(tmp_path: Path) -> None:
     files = {"GT/M0208_gt_whole.txt": "1,1,10,10,20,20,1,1,1\n", "found/M0208.txt": ""}
-    told = [note for note in read_uavdt(tmp_path, files).notes if "no *_gt_ignore.txt" in note]
+    told = [note for note in read_uavdt(tmp_path / "a", files).notes if "no *_gt_ignore.txt" in note]
     assert told == ["1 sequences have no *_gt_ignore.txt, so no region of theirs is ignored: M0208"]
-
-
-def test_nothing_to_find_and_nothing_found_are_told(tmp_path: Path) -> None:
     nothing = {"GT/M1004_gt_whole.txt": "", "GT/M0209_gt_whole.txt": "", "found/M1004.txt": "", "found/M0209.txt": ""}
-    notes = read_uavdt(tmp_path, nothing).notes
+    notes = read_uavdt(tmp_path / "b", nothing).notes
     assert "the ground truth has no object: there is nothing to find" in notes
     assert "there is no detection: nothing is found" in notes
