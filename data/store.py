@@ -47,6 +47,11 @@ def default_max_bytes() -> int | None:
     return int(float(text) * 2**30)
 
 
+def on_this_node(name: str, version: str, source: str) -> Path:
+    """The version's copy in this node's own store; see `materialise`."""
+    return materialise(name, version, source=source, root=default_root(), max_bytes=default_max_bytes())
+
+
 def materialise(name: str, version: str, *, source: str, root: Path, max_bytes: int | None = None) -> Path:
     """Return `<root>/<name>/<version>/` with exactly that version's files, each compared with its md5.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluation.analysis_records import SIZES_PX, Analysis, IgnoredHits, OperatingPoint
-from evaluation.coco import mean_of_known, scored_rows
+from evaluation.coco import coco_rules, mean_of_known, scored_rows
 from evaluation.confusion import confusion, recall_by_size
 from evaluation.error_types import error_types
 from evaluation.ignore import IgnoreRule
@@ -13,7 +13,7 @@ from evaluation.operating_point import choose_operating_point, measure_operating
 from evaluation.outcomes import curves_of, outcomes_of
 from evaluation.reliability import reliability
 from evaluation.score import Score
-from evaluation.tables import DetectionTable, Tables, TruthTable
+from evaluation.tables import Tables
 
 
 def analyse(
@@ -33,7 +33,10 @@ def analyse(
         ValueError: `max_dets` is below 1.
     """
     truths, detections, _ = scored_rows(tables, ignore_rule)
-    judged = judge(truths, detections, tables.class_names, max_dets)
+    areas = {"all": coco_rules(max_dets).areas["all"]} | {name: (a**2, b**2) for name, (a, b) in SIZES_PX.items()}
+    outcomes = outcomes_of(truths, detections, areas, max_dets)
+    judged = judge(outcomes, tables.class_names)
+    precision, _ = curves_of(outcomes, len(tables.class_names), ())
     chosen = operating_point or choose_operating_point(judged)
     threshold = chosen.shown_score
     num_in_regions = (tables.detections.scores >= threshold).sum() - (detections.scores >= threshold).sum()
@@ -43,20 +46,12 @@ def analyse(
         chosen_on,
         error_types(judged, threshold),
         recall_by_size(judged, threshold),
-        _ap_by_size(truths, detections, len(tables.class_names), max_dets),
+        {name: mean_of_known(precision[..., place]) for place, name in enumerate(areas) if place},
         confusion(judged, threshold),
         reliability(judged),
         inspection(tables, judged, threshold),
         IgnoredHits(int(num_in_regions), int(num_on_crowds)),
     )
-
-
-def _ap_by_size(
-    truths: TruthTable, detections: DetectionTable, num_classes: int, max_dets: int
-) -> dict[str, float | None]:
-    areas = {name: (low**2, high**2) for name, (low, high) in SIZES_PX.items()}
-    precision, _ = curves_of(outcomes_of(truths, detections, areas, max_dets), num_classes, ())
-    return {name: mean_of_known(precision[..., place]) for place, name in enumerate(areas)}
 
 
 def headline(analysis: Analysis) -> Score:

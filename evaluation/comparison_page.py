@@ -46,10 +46,10 @@ def write_comparison(
     *,
     scored_on: str,
     ignore_rule: IgnoreRule,
-    comparison: Comparison | None = None,
+    comparison: Comparison,
     num_images: int = 12,
 ) -> None:
-    """Write the page, with the table of a `comparison` of the two, if given. `scored_on`: dataset, version and split.
+    """Write the page, with the table of a `comparison` of the two. `scored_on`: dataset, version and split.
 
     Images are ordered by objects that only one run found plus the gap in false positives.
 
@@ -75,7 +75,7 @@ def write_comparison(
         f"found.</p>{legend()}"
     )
     sections = {
-        **({} if comparison is None else {"Metrics": _metrics(comparison, sides)}),
+        "Metrics": _metrics(comparison, sides),
         "Objects": _totals(differences, sides),
         "Where they differ": reading + pictures if shown else "<p>No image has another outcome.</p>",
     }

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.coco import coco_rules
 from evaluation.matching import Pairs, match_greedily, overlapping
-from evaluation.outcomes import outcomes_of
+from evaluation.outcomes import Outcomes
 from evaluation.tables import DetectionTable, TruthTable
 
 IOU_OF_HIT = 0.5
@@ -49,14 +48,8 @@ class Judged(NamedTuple):
         return scores
 
 
-def judge(truths: TruthTable, detections: DetectionTable, class_names: tuple[str, ...], max_dets: int) -> Judged:
-    """Match what the ignore rule leaves; `max_dets` detections per image and class take part.
-
-    Raises:
-        ValueError: `max_dets` is below 1.
-    """
-    everything = {"all": coco_rules(max_dets).areas["all"]}
-    outcomes = outcomes_of(truths, detections, everything, max_dets)
+def judge(outcomes: Outcomes, class_names: tuple[str, ...]) -> Judged:
+    """What `outcomes`, whose first area holds all objects, say at IoU .50, and what lies near to what."""
     truths, detections, is_scored = outcomes.truths, outcomes.detections, outcomes.is_scored[0]
     pairs = overlapping(truths, detections, IOU_OF_BACKGROUND, across_classes=True)
     is_own_class = truths.label[pairs.truth] == detections.label[pairs.detection]

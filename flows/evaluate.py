@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from data.store import default_max_bytes, default_root, materialise
+from data.store import on_this_node
 from data.tiling import TileGrid
 from evaluation.analysis_records import OperatingPoint
 from evaluation.detector import Detected
@@ -247,10 +247,4 @@ def score_again(result: RunResult, spec: RunSpec, settings: Settings) -> RunResu
 
 def dataset_folder(spec: RunSpec, settings: Settings) -> Path:
     """This node's copy of the spec's dataset version."""
-    return materialise(
-        spec.dataset.name,
-        spec.dataset.version,
-        source=settings.data_source,
-        root=default_root(),
-        max_bytes=default_max_bytes(),
-    )
+    return on_this_node(spec.dataset.name, spec.dataset.version, settings.data_source)

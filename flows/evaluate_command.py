@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,7 +11,7 @@ from flows.output import JsonOption, print_classes, print_json
 
 if TYPE_CHECKING:
     from training.latency import Latency
-    from training.scoring import Scored, Split
+    from training.scoring import Scored
 
 
 def evaluate(
@@ -21,7 +21,7 @@ def evaluate(
     dataset: Annotated[
         str | None, typer.Argument(help="In its current version; default: the model's own, as it was trained on.")
     ] = None,
-    split: Annotated[str, typer.Option(help="val, test or train.")] = "test",
+    split: Annotated[Literal["val", "test", "train"], typer.Option(help="Split that is scored.")] = "test",
     input_size: Annotated[int | None, typer.Option(help="Side of the network's input in px.")] = None,
     tiled: Annotated[
         bool | None, typer.Option("--tiled/--whole", help="Tile by tile or whole; default: as the model was scored.")
@@ -40,8 +40,6 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score a model again: a finished run's, a registered one's or a weights file, on any split of its classes."""
-    if split not in {"val", "test", "train"}:
-        raise typer.BadParameter(f"{split!r} is no split; use val, test or train", param_hint="--split")
     if architecture is not None and input_size is None:
         raise typer.BadParameter(
             "weights alone do not tell the size that they were trained at", param_hint="--input-size"
@@ -55,7 +53,7 @@ def evaluate(
     from training.latency import measure_latency, speed_of
     from training.scoring import score_options, split_inputs
 
-    settings, part = Settings(), cast("Split", split)
+    settings = Settings()
     with find_model(model, settings, dataset=dataset, architecture=architecture) as found:
         spec = with_rules(
             found.spec,
@@ -73,22 +71,19 @@ def evaluate(
             spec,
             found.weights,
             settings,
-            [part],
+            [split],
             operating_point=found.operating_point,
             workers=workers,
             say=lambda line: typer.echo(line, err=as_json),
         )
-        timed = None
-        if latency:
-            inputs = split_inputs(spec, dataset_folder(spec, settings), part)
-            timed = measure_latency(spec, detector, inputs, next(detector.parameters()).device)
+        folder, device = dataset_folder(spec, settings), next(detector.parameters()).device
+        timed = measure_latency(spec, detector, split_inputs(spec, folder, split), device) if latency else None
     chosen_otherwise = found.operating_point is not None and score_options(spec) != score_options(found.spec)
     # On another dataset the spec has another key, but the weights are still that run's.
-    scored = by_split[part]
+    scored = by_split[split]
     scored = scored._replace(result=scored.result.model_copy(update={"run_key": found.run_key}))
     if out is not None:
-        speed = None if timed is None else speed_of(timed)
-        write_scores(out, spec, {part: scored}, dataset_folder(spec, settings), speed)
+        write_scores(out, spec, {split: scored}, folder, None if timed is None else speed_of(timed))
     if as_json:
         print_json(scored.result.model_dump(mode="json") | ({} if timed is None else {"latency": asdict(timed)}))
     else:

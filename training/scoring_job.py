@@ -13,15 +13,13 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
-import torch
 
-from data.store import default_max_bytes, default_root, materialise
+from data.store import on_this_node
 from data.whole_file import write_whole
 from training.launch import causes_told, on_workers
 from training.meter import PROGRESS_MARK
 from training.scoring import DETECTED, SHARE_MARK, detect_split, load_model, read_ground_truth, read_order, split_inputs
-from training.workers import Workers
+from training.worker import join_workers
 
 NEWS_EVERY_S = 2.0
 
@@ -39,18 +37,8 @@ def score_worker(config: dict[str, Any]) -> None:
     folder = Path(config["folder"])
     order = read_order(folder)
     spec = order.spec
-    torch.set_num_threads(max(1, int(spec.compute.cpus_per_worker)))
-    on_gpu = spec.compute.gpus_per_worker > 0
-    if on_gpu:
-        torch.cuda.set_device(ray.train.torch.get_device())
-    workers = Workers.current(on_gpu=on_gpu)
-    dataset_folder = materialise(
-        spec.dataset.name,
-        spec.dataset.version,
-        source=order.data_source,
-        root=default_root(),
-        max_bytes=default_max_bytes(),
-    )
+    workers = join_workers(spec.compute)
+    dataset_folder = on_this_node(spec.dataset.name, spec.dataset.version, order.data_source)
     model = load_model(spec, folder / "weights.safetensors").to(workers.device)
     told = -NEWS_EVERY_S
 

@@ -13,13 +13,14 @@ import ray.train.torch
 import torch
 
 from data.image_cache import picture_folder
-from data.store import default_max_bytes, default_root, materialise
+from data.store import default_root, on_this_node
 from training.artifacts import write_artifacts
 from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.loop import Hooks, train
 from training.meter import PROGRESS_MARK, Progress
 from training.records import Attempt, complete_journal, split_finite
 from training.scoring import score_split
+from training.spec import ComputeSpec
 from training.state import WarmStart, warm_start_path
 from training.system import SystemMeter
 from training.workers import Workers
@@ -31,19 +32,8 @@ def train_worker(config: dict[str, Any]) -> None:
     run_folder = Path(config["run_folder"])
     spec = attempt.spec
     started = time.monotonic()
-    # One compute thread per CPU asked for: more only fight each other on a shared node.
-    torch.set_num_threads(max(1, int(spec.compute.cpus_per_worker)))
-    on_gpu = spec.compute.gpus_per_worker > 0
-    if on_gpu:
-        torch.cuda.set_device(ray.train.torch.get_device())
-    workers = Workers.current(on_gpu=on_gpu)
-    dataset_folder = materialise(
-        spec.dataset.name,
-        spec.dataset.version,
-        source=attempt.data_source,
-        root=default_root(),
-        max_bytes=default_max_bytes(),
-    )
+    workers = join_workers(spec.compute)
+    dataset_folder = on_this_node(spec.dataset.name, spec.dataset.version, attempt.data_source)
     cache_folder = picture_folder(default_root(), spec.dataset.version)
     checkpoint = workers.broadcast(_newest_valid_checkpoint(run_folder) if workers.rank == 0 else None)
     if checkpoint is not None and workers.rank == 0:
@@ -71,6 +61,16 @@ def train_worker(config: dict[str, Any]) -> None:
         write_artifacts(spec, final, {"val": validation, "test": test}, seconds, dataset_folder, run_folder)
     # A barrier: no worker may leave while rank 0 still writes.
     ray.train.report({})
+
+
+def join_workers(compute: ComputeSpec) -> Workers:
+    """The group of this Ray Train job, with this worker on its share of the node."""
+    # One compute thread per CPU asked for: more only fight each other on a shared node.
+    torch.set_num_threads(max(1, int(compute.cpus_per_worker)))
+    on_gpu = compute.gpus_per_worker > 0
+    if on_gpu:
+        torch.cuda.set_device(ray.train.torch.get_device())
+    return Workers.current(on_gpu=on_gpu)
 
 
 def _newest_valid_checkpoint(run_folder: Path) -> Path | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crowded_scenes import Box, Scene, make_scene, random_scene, scenes
 from hypothesis import given, settings
 from plain_analysis import PlainAnalysis
 from pydantic import TypeAdapter
+from scenes import Box, Scene, make_scene, random_scene, scenes
 
 from evaluation.analysis import analyse
 from evaluation.analysis_records import (

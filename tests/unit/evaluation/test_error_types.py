@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from crowded_scenes import Scene, random_scene, scenes
 from hypothesis import given, settings
 from plain_analysis import PlainAnalysis
+from scenes import Scene, random_scene, scenes
 
 from evaluation.analysis_records import ErrorTypes
-from evaluation.coco import score, scored_rows
+from evaluation.coco import coco_rules, score, scored_rows
 from evaluation.error_types import TYPES, _classified, _mended_ap50, error_types
 from evaluation.judged import Judged, judge
+from evaluation.outcomes import outcomes_of
 from evaluation.tables import tabulate
 
 CAR, BUS = 1, 2
@@ -22,7 +23,8 @@ A, B = [10, 10, 10, 10], [60, 10, 10, 10]
 def judged_scene(scene: Scene, max_dets: int = 100) -> Judged:
     tables = tabulate(*scene)
     truths, detections, _ = scored_rows(tables, "covered-half")
-    return judge(truths, detections, tables.class_names, max_dets)
+    rules = coco_rules(max_dets)
+    return judge(outcomes_of(truths, detections, rules.areas, max_dets), tables.class_names)
 
 
 def one_image(objects: list[tuple[int, list[float]]], found: list[tuple[int, list[float], float]]) -> ErrorTypes:

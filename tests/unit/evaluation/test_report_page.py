@@ -16,6 +16,7 @@ from data.decode import UndecodableImage
 from evaluation.comparison_page import Side, write_comparison
 from evaluation.matching import match
 from evaluation.report_page import ExtraPicture, write_report
+from evaluation.significance import Comparison, Difference
 
 HOSTILE = "</title><script>alert('$x')</script>"
 FILE = "a'b&<i>\".png"
@@ -140,9 +141,10 @@ def test_a_threshold_of_another_split_is_shown_once(tmp_path: Path, truth: dict[
 def compare(folder: Path, truth: dict[str, Any], a: Any, b: Any, **options: Any) -> Page:
     path = folder / "compare.html"
     sides = (Side(HOSTILE, a, 0.5), Side("B", b, 0.25))
-    write_comparison(
-        path, folder / "images", truth, sides, scored_on="tiny test", ignore_rule="covered-half", **options
-    )
+    difference = Difference(0.25, 0.5, 0.25, 0.125, 0.375, 1.0, 1000, "better")
+    comparison = Comparison(8, 8, 1000, 0, 0.95, {"coco/AP": difference}, {})
+    options |= {"scored_on": "tiny test", "ignore_rule": "covered-half", "comparison": comparison}
+    write_comparison(path, folder / "images", truth, sides, **options)
     return Page(path.read_text())
 
 
@@ -153,6 +155,7 @@ def test_two_runs_are_counted_and_shown_where_they_differ_most(tmp_path: Path, t
     b = [found(1, label[0], boxes[0], 0.3), found(2, label[2], boxes[2], 0.3), found(3, 1, [0.0, 0.0, 5.0, 5.0], 0.3)]
     page = compare(tmp_path, truth, a, b)
     check_self_contained(page)
+    assert "coco/AP 0.250 0.500 +0.250 +0.125 to +0.375 better" in page.text
     assert re.search(r"found by both 1 only by .*? 2 only by B 1 by neither 5", page.text)
     assert re.search(r"scores from 0.500 0 false positives of B, scores from 0.250 1", page.text)
     assert [label for label in labels(page) if " on " in label] == [
