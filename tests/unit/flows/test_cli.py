@@ -109,7 +109,7 @@ def test_an_error_of_the_user_is_one_message_and_exit_code_1(
     ("arguments", "message"),
     [
         ("plan --seeds 0,first", "seeds are whole numbers"),
-        ("evaluate 0123 --split training", "use val, test or train"),
+        ("evaluate 0123 --split training", "'training' is not one of 'val', 'test', 'train'"),
         ("trian", "No such command 'trian'"),
         ("plan --sed 0", "No such option: --sed"),
     ],
