@@ -46,6 +46,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         # The same in every epoch, for the learning rate's schedule counts steps.
         self.num_drawn = num_images if self.repeat_factors is None else int(self.repeat_factors.sum())
         self.num_dropped = self.num_drawn % global_batch
+        self.steps_per_epoch = self.num_drawn // global_batch
         self._share = slice(global_batch * rank // world_size, global_batch * (rank + 1) // world_size)
         self._epoch = 0
         self._first_step = 0
@@ -55,11 +56,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._epoch, self._first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return self.num_drawn // self.global_batch - self._first_step
+        return self.steps_per_epoch - self._first_step
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        for step in range(self._first_step, self.num_drawn // self.global_batch):
+        for step in range(self._first_step, self.steps_per_epoch):
             batch = order[step * self.global_batch : (step + 1) * self.global_batch]
             yield batch[self._share].tolist()
 

@@ -27,7 +27,7 @@ from training.artifacts import write_artifacts
 from training.checkpoint import write_json
 from training.jobs import Cluster, Jobs, code_snapshot, embedded_cluster
 from training.meter import PROGRESS_MARK
-from training.records import RunResult, hash_files, read_result, write_result
+from training.records import RunResult, hash_files, read_journal, read_result, write_result
 from training.scoring import (
     DETECTED,
     ORDER,
@@ -232,7 +232,15 @@ def score_again(result: RunResult, spec: RunSpec, settings: Settings) -> RunResu
     started = time.monotonic()
     model, scored = score_run(spec, run_folder / "artifacts" / "weights.safetensors", settings, ("val", "test"))
     seconds = {**result.seconds, "score_again": time.monotonic() - started}
-    write_artifacts(spec, model.state_dict(), scored, seconds, dataset_folder(spec, settings), run_folder)
+    write_artifacts(
+        spec,
+        model.state_dict(),
+        scored,
+        seconds,
+        dataset_folder(spec, settings),
+        run_folder / "artifacts",
+        read_journal(run_folder),
+    )
     new = result.model_copy(
         update={
             "spec": spec,

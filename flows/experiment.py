@@ -68,7 +68,7 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _every_worker_has_work(self) -> Experiment:
-        workers = self.compute.workers
+        workers = self.compute.max_workers
         for name in self.datasets:
             batch = self.training_for(name).batch_size
             if batch < workers:

@@ -23,6 +23,7 @@ from flows.settings import Settings
 from tracking.client import connect, database
 from tracking.registry import all_versions
 from tracking.runs import TRAINING
+from training.checkpoint import CHECKPOINTS
 from training.records import Attempt, CorruptResult, RunResult, read_result
 from training.spec import RunSpec
 
@@ -176,7 +177,7 @@ def _runs(settings: Settings, needs: _Needs) -> Iterator[Garbage]:
             result = read_result(run_folder)
         except CorruptResult:
             continue  # It is made again from its last checkpoint.
-        folders = sorted(run_folder.glob("checkpoint_*"))
+        folders = sorted((run_folder / CHECKPOINTS).glob("*"))
         if result is not None and folders:
             yield _together("checkpoints of a finished run", run_folder.name, folders)
     for folder in sorted((settings.home / "superseded").glob("*/*")):

@@ -169,7 +169,7 @@ class _Pace:
         except Exception:
             # An architecture that does not run is the fault of its own cells: they will say why.
             return None
-        return None if probed is None else _probed(probed, spec.compute.workers)
+        return None if probed is None else _probed(probed, spec.compute.max_workers)
 
 
 def _kind(spec: RunSpec) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from evaluation.plots import pr_plot, training_curves
 from evaluation.report_page import ExtraPicture, write_report
 from evaluation.report_sections import SplitReport
 from training.checkpoint import save_tensors, write_json
-from training.records import read_journal
+from training.records import JournalEntry
 from training.scoring import Scored, Split
 from training.spec import RunSpec
 
@@ -36,10 +36,11 @@ def write_artifacts(
     scored: Mapping[Split, Scored],
     seconds: dict[str, float],
     dataset_folder: Path,
-    run_folder: Path,
+    folder: Path,
+    journal: Sequence[JournalEntry],
 ) -> None:
-    """Everything about a run into `<run>/artifacts/`, all of it or nothing. `scored` holds val and test."""
-    partial = run_folder / "artifacts.partial"
+    """Everything about a run into a folder, all of it or nothing. `scored` holds val and test."""
+    partial = folder.with_name(f"{folder.name}.partial")
     # What a killed worker left.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -59,13 +60,9 @@ def write_artifacts(
             ignore_rule=test.result.options.ignore_rule,
             score_threshold=test.analysis.operating_point.shown_score,
         )
-        training_curves(
-            [{"epoch": entry.epoch, **entry.metrics} for entry in read_journal(run_folder)],
-            partial / "training_curves.png",
-        )
-        artifacts = run_folder / "artifacts"
-        shutil.rmtree(artifacts, ignore_errors=True)
-        partial.rename(artifacts)
+        training_curves([{"epoch": entry.epoch, **entry.metrics} for entry in journal], partial / "training_curves.png")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

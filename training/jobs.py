@@ -189,7 +189,7 @@ class Jobs:
             there = self._resources.get(kind)
             if there is not None and wanted > there:
                 raise CellFailed(
-                    f"compute asks for {wanted:g} {kind} over {spec.compute.workers} workers, this machine has "
+                    f"compute asks for {wanted:g} {kind} over {spec.compute.min_workers} workers, this machine has "
                     f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower, and of "
                     "`speck evaluate` --workers"
                 )
@@ -293,9 +293,9 @@ class Jobs:
 
 
 def demand(spec: RunSpec) -> dict[str, float]:
-    """CPUs and GPUs that a run's workers ask for."""
+    """CPUs and GPUs that a run's workers ask for, the fewest that it goes on with."""
     compute = spec.compute
-    return {"CPU": compute.workers * compute.cpus_per_worker, "GPU": compute.workers * compute.gpus_per_worker}
+    return {"CPU": compute.min_workers * compute.cpus_per_worker, "GPU": compute.min_workers * compute.gpus_per_worker}
 
 
 @contextmanager

@@ -1,32 +1,31 @@
-"""The Ray Train job around the loop: placement, failures, checkpoints kept, and the journal."""
+"""The Ray Train job around the loop: placement, and what its processes do on a signal."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerCallback
 
-from training.checkpoint import NUM_CHECKPOINTS_KEPT
 from training.meter import ERROR_MARK, PROGRESS_MARK
-from training.records import Attempt, journal_entry, write_entry
+from training.records import Attempt
+from training.run import leave_on_sigterm
 from training.spec import ComputeSpec
 from training.worker import train_worker
 
 
-def build_trainer(attempt: Attempt, run_folder: Path) -> TorchTrainer:
-    """A trainer named by the run key: built again with the same name, it continues the run."""
+def build_trainer(attempt: Attempt, run_folder: Path, *, accumulation: int) -> TorchTrainer:
+    """A trainer of one attempt, which goes on from the run's newest checkpoint."""
     return on_workers(
         train_worker,
-        {"attempt": attempt.model_dump(mode="json"), "run_folder": str(run_folder)},
+        {"attempt": attempt.model_dump(mode="json"), "run_url": str(run_folder), "accumulation": accumulation},
         attempt.spec.compute,
         run_folder,
-        checkpoint_config=CheckpointConfig(num_to_keep=NUM_CHECKPOINTS_KEPT),
-        callbacks=[JournalCallback(run_folder, attempt)],
+        callbacks=[LeaveOnSigterm()],
     )
 
 
@@ -44,7 +43,14 @@ def on_workers(
         worker,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers,
+            elastic_resize_monitor_interval_s=compute.resize_every_s,
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            placement_strategy=compute.placement,
+            accelerator_type=compute.accelerator,
+        ),
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
@@ -57,6 +63,14 @@ def on_workers(
             **run_config,
         ),
     )
+
+
+class LeaveOnSigterm(WorkerCallback):
+    """Ray runs a worker's training in a thread, in which no handler can be set: this runs in the main thread."""
+
+    def after_init_train_context(self) -> None:
+        """Set the handler."""
+        leave_on_sigterm()
 
 
 @contextmanager
@@ -73,19 +87,3 @@ def causes_told() -> Iterator[None]:
         lines = str(error).strip().splitlines() or [""]
         print(f"{PROGRESS_MARK} {ERROR_MARK} {type(error).__name__}: {lines[-1]}", flush=True)
         raise
-
-
-class JournalCallback(UserCallback):
-    """Writes one journal object per report, in the controller. An exception here would end the run: none leaves."""
-
-    def __init__(self, run_folder: Path, attempt: Attempt) -> None:
-        self.run_folder, self.attempt = run_folder, attempt
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Keep what rank 0 reported at the end of an epoch."""
-        del run_context, checkpoint
-        try:
-            if "step" in metrics[0]:
-                write_entry(self.run_folder, journal_entry(self.attempt, metrics[0]))
-        except Exception:
-            traceback.print_exc()

@@ -42,7 +42,7 @@ def probe(spec: RunSpec) -> Probe | None:
 
 def _measure(spec: RunSpec, device: torch.device) -> Probe:
     state = build_state(spec, device)
-    share = max(1, spec.training.batch_size // spec.compute.workers)
+    share = max(1, spec.training.batch_size // spec.compute.max_workers)
     side = spec.training.input_size_px
     images = torch.rand(share, 3, side, side, device=device).mul_(255).contiguous(memory_format=torch.channels_last)
     targets = _targets(share, side, device)

@@ -13,10 +13,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from evaluation.result import ScoreResult
-from training.checkpoint import file_sha256, write_json
+from training.checkpoint import file_sha256, json_bytes
 from training.spec import RunSpec
+from training.store import FolderStore, RunStore
 
 RESULT = "result.json"
+JOURNAL = "journal"
 
 
 class JournalEntry(BaseModel):
@@ -78,9 +80,7 @@ def record_attempt(
         submitted_ms=time.time_ns() // 1_000_000,
         provenance=dict(provenance or {}),
     )
-    path = attempt_path(run_folder, number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, attempt.model_dump(mode="json"))
+    _store(run_folder).write(attempt_name(number), json_bytes(attempt.model_dump(mode="json")))
     return attempt
 
 
@@ -116,14 +116,14 @@ def _superseded(run_folder: Path) -> Path:
     return run_folder.parent.parent / "superseded" / run_folder.name
 
 
-def attempt_path(run_folder: Path, number: int) -> Path:
-    """Where an attempt's record lies."""
-    return run_folder / "attempts" / f"{number:03d}.json"
+def attempt_name(number: int) -> str:
+    """Where an attempt's record lies in a run."""
+    return f"attempts/{number:03d}.json"
 
 
-def read_attempt(run_folder: Path, number: int) -> Attempt:
-    """The record of one attempt."""
-    return Attempt.model_validate_json(attempt_path(run_folder, number).read_bytes())
+def read_attempt(records: RunStore | Path, number: int) -> Attempt:
+    """The record of one attempt. Raises FileNotFoundError."""
+    return Attempt.model_validate_json(_store(records).read(attempt_name(number)))
 
 
 def journal_entry(attempt: Attempt, report: Mapping[str, Any]) -> JournalEntry:
@@ -144,37 +144,45 @@ def journal_entry(attempt: Attempt, report: Mapping[str, Any]) -> JournalEntry:
     )
 
 
-def write_entry(run_folder: Path, entry: JournalEntry) -> Path:
+def entry_name(entry: JournalEntry) -> str:
+    """Where a journal object lies in a run."""
+    return f"{JOURNAL}/{entry.attempt:03d}-{entry.step:09d}.json"
+
+
+def write_entry(records: RunStore | Path, entry: JournalEntry) -> None:
     """Write one journal object, atomically; one that is there stays, as it may be logged already."""
-    path = run_folder / "journal" / f"{entry.attempt:03d}-{entry.step:09d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_json(path, entry.model_dump(mode="json"))
-    return path
+    store, name = _store(records), entry_name(entry)
+    if not store.exists(name):
+        store.write(name, json_bytes(entry.model_dump(mode="json")))
 
 
-def complete_journal(run_folder: Path, attempt: Attempt, checkpoint: Path) -> None:
+def complete_journal(records: RunStore | Path, attempt: Attempt, checkpoint: Path) -> None:
     """Write the journal object of a checkpoint's epoch if it is missing.
 
-    The controller writes it a moment after the checkpoint is there: a kill in between would lose the epoch's numbers,
-    for training does not pass there again.
+    It is written a moment after the checkpoint is there: a kill in between would lose the epoch's numbers, for training
+    does not pass there again.
     """
     report = json.loads((checkpoint / "state.json").read_bytes()).get("report")
-    if report and report["step"] not in {entry.step for entry in read_journal(run_folder)}:
-        write_entry(run_folder, journal_entry(attempt, report))
+    if report and report["step"] not in {entry.step for entry in read_journal(records)}:
+        write_entry(records, journal_entry(attempt, report))
 
 
-def read_journal(run_folder: Path) -> list[JournalEntry]:
+def read_journal(records: RunStore | Path) -> list[JournalEntry]:
     """Every epoch once, by step: where an epoch was redone, its first report counts, as it may be logged already."""
+    store = _store(records)
     by_step: dict[int, JournalEntry] = {}
-    for path in sorted((run_folder / "journal").glob("*.json")):
+    for name in store.names(JOURNAL):
         try:
-            entry = JournalEntry.model_validate_json(path.read_bytes())
+            entry = JournalEntry.model_validate_json(store.read(name))
         except ValueError as error:
-            warnings.warn(f"{path.name} in the journal is unreadable and left out: {error}", stacklevel=2)
+            warnings.warn(f"{name} is unreadable and left out: {error}", stacklevel=2)
             continue
         by_step.setdefault(entry.step, entry)
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _store(records: RunStore | Path) -> RunStore:
+    return FolderStore(records) if isinstance(records, Path) else records
 
 
 def split_finite(metrics: dict[str, Any]) -> tuple[dict[str, float], tuple[str, ...]]:
@@ -207,9 +215,9 @@ class CorruptResult(ValueError):
     """A result whose files are missing or changed."""
 
 
-def write_result(run_folder: Path, result: RunResult) -> None:
+def write_result(records: RunStore | Path, result: RunResult) -> None:
     """Write `result.json`: from here on the run is done."""
-    write_json(run_folder / RESULT, result.model_dump(mode="json"))
+    _store(records).write(RESULT, json_bytes(result.model_dump(mode="json")))
 
 
 def read_result(run_folder: Path) -> RunResult | None:
@@ -236,6 +244,6 @@ def read_result(run_folder: Path) -> RunResult | None:
 
 
 def hash_files(run_folder: Path, folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, by path relative to the run folder."""
+    """sha256 of every file below `folder`, by path relative to `run_folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(run_folder).as_posix(): file_sha256(path) for path in files}

@@ -84,27 +84,36 @@ def score_split(
     cache_folder: Path | None = None,
     *,
     operating_point: OperatingPoint | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> Scored | None:
     """Score `model` on `split`; every rank detects its share of the images. The result is on rank 0, None elsewhere.
 
     Decoded pictures are kept in `cache_folder`, when given, for the next time. `operating_point`: as in `analyse`.
+    `alive` is called after each batch.
 
     Raises: see `detect_split`.
     """
     ground_truth = read_ground_truth(dataset_folder, split)
     inputs = split_inputs(spec, dataset_folder, split, cache_folder)
-    detected = detect_split(spec, model, inputs, workers, ground_truth=ground_truth)
+    detected = detect_split(spec, model, inputs, workers, lambda _: alive(), ground_truth=ground_truth)
     return None if detected is None else score_detections(spec, ground_truth, split, detected, operating_point)
 
 
 def validate(
-    spec: RunSpec, model: nn.Module, dataset_folder: Path, workers: Workers, cache_folder: Path | None = None
+    spec: RunSpec,
+    model: nn.Module,
+    dataset_folder: Path,
+    workers: Workers,
+    cache_folder: Path | None = None,
+    *,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
     """COCO's metrics on the val split on rank 0, nothing elsewhere: as `score_split` gives them, many times as fast.
 
     Raises: see `detect_split`.
     """
-    detected = detect_split(spec, model, split_inputs(spec, dataset_folder, "val", cache_folder), workers)
+    inputs = split_inputs(spec, dataset_folder, "val", cache_folder)
+    detected = detect_split(spec, model, inputs, workers, lambda _: alive())
     if detected is None:
         return {}
     options = score_options(spec)

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -61,6 +61,11 @@ class DatasetSpec(_Section):
 class TrainingSpec(_Section):
     """The recipe. `batch_size` counts images per optimiser step over all workers.
 
+    `accumulation`: into how many parts each worker cuts its share of a batch, to save memory; loss and gradients are
+    those of the whole batch, batch normalisation sees a part. `sync_batch_norm`: batch normalisation over the shares
+    of all workers, so that their number does not matter. `clip_norm`: longest gradient. `patience_epochs`: end after
+    so many epochs without a better val coco/AP, with the weights of the best. `compile`: with torch.compile.
+
     `warm_start`: the weights to begin with. In an experiment `champion`, a run key or a file; in a run's spec
     `sha256:<hex>` of what that was. `freeze`: parts of the detector, by module name, that keep their weights and their
     normalisation. `repeat_threshold`: images with a class that fewer than this share of all images show are seen more
@@ -85,6 +90,11 @@ class TrainingSpec(_Section):
     warm_start: str | None = Field(None, exclude_if=lambda weights: weights is None)
     freeze: tuple[str, ...] = Field((), exclude_if=lambda parts: not parts)
     repeat_threshold: float = Field(0.0, ge=0, le=1, exclude_if=lambda threshold: threshold == 0)
+    accumulation: int = Field(1, ge=1, exclude_if=lambda parts: parts == 1)
+    sync_batch_norm: bool = Field(True, exclude_if=lambda on: on)
+    clip_norm: float | None = Field(None, gt=0, exclude_if=lambda norm: norm is None)
+    patience_epochs: int | None = Field(None, ge=1, exclude_if=lambda epochs: epochs is None)
+    compile: bool = Field(False, exclude_if=lambda on: not on)
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -119,17 +129,55 @@ class ScoringSpec(_Section):
 class ComputeSpec(_Section):
     """Where a run happens: outside the run key.
 
-    The loss does not depend on it. Batch-norm statistics do, slightly: each worker normalises its own share.
-    `cache_gib`: memory of each worker, shared with its loader processes, for the decoded training split; one that does
-    not fit is kept in the node's store, in a file that all workers and later runs share.
+    `workers`: so many, or `[min, max]`: as many of these as there is room for, looked at every `resize_every_s`
+    seconds. `placement`: on few nodes (PACK), spread over many (SPREAD), or each on a node of its own (STRICT_SPREAD).
+    `accelerator`: Ray's name of the GPU that the workers need. `cache_gib`: memory of each worker, shared with its
+    loader processes, for the decoded training split; one that does not fit is kept in the node's store, in a file that
+    all workers and later runs share.
+
+    `checkpoint_every_minutes`: beside the one that ends each epoch; `keep_checkpoints`: the latest, and the best by
+    val AP beside them. `max_failures`: new starts after failures of any kind but a node that was taken away.
+    `hang_timeout_s`: a worker that makes no progress for so long is ended. `price_per_hour`: of a worker's GPU, or of
+    its CPU where there is no GPU, in any currency. `profile`: keep a trace of a few steps.
     """
 
-    workers: int = Field(2, ge=1)
+    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
+    resize_every_s: float = Field(60.0, gt=0)
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    accelerator: str | None = None
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     loader_processes: int = Field(0, ge=0)
     cache_gib: float = Field(1.0, ge=0)
+    checkpoint_every_minutes: float = Field(10.0, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
     max_failures: int = Field(2, ge=0)
+    hang_timeout_s: float = Field(900.0, gt=0)
+    price_per_hour: float | None = Field(None, ge=0)
+    profile: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> ComputeSpec:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"workers must be [min, max] with min <= max, got {list(self.workers_range)}")
+        if self.accelerator is not None and not self.gpus_per_worker:
+            raise ValueError(f"accelerator {self.accelerator!r} needs gpus_per_worker above 0")
+        return self
+
+    @property
+    def workers_range(self) -> tuple[int, int]:
+        """The fewest and the most workers that the run may have."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.workers_range[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that the run makes use of."""
+        return self.workers_range[1]
 
 
 class RunSpec(_Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import models
 from models.interface import Detector
 from models.weights import sources
-from training.checkpoint import file_sha256, load_checkpoint, save_checkpoint
+from training.checkpoint import Manifest, file_sha256, load_checkpoint, save_checkpoint
 from training.optimizer import build_optimizer, weight_average
 from training.spec import RunSpec
 
@@ -31,9 +31,11 @@ class BadFreeze(ValueError):
 
 @dataclass
 class TrainingState:
-    """All that a checkpoint holds. `step` counts optimiser steps, `epoch` finished epochs.
+    """All that a checkpoint holds. `step` counts optimiser steps, `epoch` finished epochs, and `steps_in_epoch` the
+    steps since the last of these, of which `so_far` has the sums that the epoch's metrics are made of.
 
-    `skipped_in_a_row` counts the latest steps without a finite loss; it starts anew with the process.
+    `best`: where a run may end early, the weight average of the epoch with the highest val coco/AP, `best_ap`, after
+    `best_epoch`. `skipped_in_a_row` counts the latest steps without a finite loss; it starts anew with the process.
     """
 
     model: nn.Module
@@ -41,6 +43,11 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     epoch: int = 0
+    steps_in_epoch: int = 0
+    so_far: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_ap: float = -1.0
+    best_epoch: int = 0
     skipped_in_a_row: int = 0
 
     @property
@@ -153,7 +160,7 @@ def warm_start(state: TrainingState, path: Path) -> WarmStart:
     return WarmStart(len(fitting), tuple(sorted(known.keys() - fitting.keys())))
 
 
-def save(spec: RunSpec, state: TrainingState, folder: Path, report: Mapping[str, float] | None = None) -> None:
+def save(spec: RunSpec, state: TrainingState, folder: Path, report: Mapping[str, float] | None = None) -> Manifest:
     """Write a checkpoint of `state` to `folder`, with the report that it was made for."""
     optimizer = state.optimizer.state_dict()
     tensors = {
@@ -166,19 +173,28 @@ def save(spec: RunSpec, state: TrainingState, folder: Path, report: Mapping[str,
             if value is not None
         },
         "random": {"torch": torch.get_rng_state()},
+        "best": state.best,
     }
     description = {
         "spec": spec.model_dump(mode="json"), "step": state.step, "epoch": state.epoch,
+        "steps_in_epoch": state.steps_in_epoch, "so_far": state.so_far,
+        "best_ap": state.best_ap, "best_epoch": state.best_epoch,
         "param_groups": optimizer["param_groups"], "report": dict(report or {}),
     }  # fmt: skip
-    save_checkpoint(
-        folder, run_key=spec.run_key, step=state.step, epoch=state.epoch, tensors=tensors, state=description
+    return save_checkpoint(
+        folder,
+        run_key=spec.run_key,
+        step=state.step,
+        epoch=state.epoch,
+        tensors=tensors,
+        state=description,
+        score=(report or {}).get("val/coco/AP"),
     )
 
 
 def restore(state: TrainingState, folder: Path) -> None:
     """Load a verified checkpoint into `state`."""
-    tensors, description = load_checkpoint(folder, ("model", "average", "optimizer", "random"))
+    tensors, description = load_checkpoint(folder, ("model", "average", "optimizer", "random", "best"))
     state.model.load_state_dict(tensors["model"])
     state.average.load_state_dict(tensors["average"])
     slots: dict[int, dict[str, Tensor]] = {}
@@ -193,3 +209,7 @@ def restore(state: TrainingState, folder: Path) -> None:
                 kept[name] = torch.empty_like(weight).copy_(value)
     torch.set_rng_state(tensors["random"]["torch"])
     state.step, state.epoch = description["step"], description["epoch"]
+    state.steps_in_epoch, state.so_far = description["steps_in_epoch"], description["so_far"]
+    device = next(state.model.parameters()).device
+    state.best = {name: value.to(device) for name, value in tensors["best"].items()}
+    state.best_ap, state.best_epoch = description["best_ap"], description["best_epoch"]

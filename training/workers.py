@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,13 @@ class Workers:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def sum_all(self, values: Sequence[Tensor]) -> None:
+        """Put into every tensor its element-wise sum over all ranks."""
+        if self.world_size > 1:
+            flat = self.sum(torch.cat([value.flatten() for value in values]))
+            for value, summed in zip(values, flat.split([value.numel() for value in values]), strict=True):
+                value.copy_(summed.view_as(value))
 
     def share_buffers(self, *modules: nn.Module) -> None:
         """Give every rank the buffers of rank 0: running statistics differ, for each rank sees its own images."""

@@ -74,7 +74,8 @@ def test_validation_gives_the_numbers_of_the_score(tiny: Any, tiny_spec: MakeSpe
 def test_a_run_keeps_its_thresholds_analyses_and_report(tiny: Any, tiny_spec: MakeSpec, tmp_path: Path) -> None:
     spec = tiny_spec(scoring=EVERYTHING)
     scored = both(spec, tiny)
-    write_artifacts(spec, build_model(spec).state_dict(), scored, {"train": 1.0}, tiny.folder, tmp_path)
+    folder = tmp_path / "artifacts"
+    write_artifacts(spec, build_model(spec).state_dict(), scored, {"train": 1.0}, tiny.folder, folder, [])
     folder = tmp_path / "artifacts"
     assert read_operating_point(folder) == scored["val"].analysis.operating_point
     assert read_operating_point(tmp_path) is None

@@ -39,7 +39,7 @@ class Reports:
         self.progress: list[Progress] = []
 
     def hooks(self) -> Hooks:
-        return Hooks(self.report, self.progress.append)
+        return Hooks(self.report, progress=self.progress.append)
 
     def report(self, metrics: dict[str, float], step: int, epoch: int, save: Callable[[Path], object]) -> None:
         self.metrics.append(metrics)

@@ -15,6 +15,7 @@ from training.records import (
     JournalEntry,
     RunResult,
     complete_journal,
+    entry_name,
     hash_files,
     journal_entry,
     read_attempt,
@@ -73,8 +74,8 @@ def test_an_epoch_that_was_done_again_counts_as_first_reported(tmp_path: Path, a
 
 
 def test_what_an_interrupted_write_left_is_no_entry(tmp_path: Path) -> None:
-    path = write_entry(tmp_path, entry(6))
-    path.with_name(f".{entry(12).attempt:03d}-000000012.json.partial").write_text('{"schema')
+    write_entry(tmp_path, entry(6))
+    (tmp_path / entry_name(entry(12))).with_name(".001-000000012.json.partial").write_text('{"schema')
     assert read_journal(tmp_path) == [entry(6)]
 
 
@@ -98,7 +99,8 @@ def test_an_epoch_whose_entry_a_kill_prevented_is_taken_from_its_checkpoint(
 def test_an_unreadable_entry_costs_one_epoch_of_the_log_not_the_run(tmp_path: Path) -> None:
     """A machine that loses power may leave an empty file behind a rename."""
     write_entry(tmp_path, entry(6))
-    write_entry(tmp_path, entry(12)).write_bytes(b"")
+    write_entry(tmp_path, entry(12))
+    (tmp_path / entry_name(entry(12))).write_bytes(b"")
     write_entry(tmp_path, entry(18))
     with pytest.warns(UserWarning, match="001-000000012"):
         assert read_journal(tmp_path) == [entry(6), entry(18)]

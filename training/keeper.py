@@ -1,0 +1,128 @@
+"""Puts away what a training reaches, in the background and in order: checkpoints, and the journal's entries."""
+
+from __future__ import annotations
+
+import errno
+import json
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from training.checkpoint import CHECKPOINTS, Manifest
+from training.records import JournalEntry, write_entry
+from training.store import MANIFEST, RunStore, StorageFull, StorageUnavailable
+
+# Checkpoints in a row that the storage may fail to take before training stops: it must not run for days unkept.
+MAX_LOST_IN_A_ROW = 3
+
+
+class Keeper:
+    """The writer of one run's records, on rank 0.
+
+    A checkpoint is written to this node's disk at once, for training changes what it holds, and brought to the storage
+    while training goes on. The latest `num_kept` stay there, and the one with the best score. `say` is told of what the
+    storage did not take.
+    """
+
+    def __init__(self, store: RunStore, *, num_kept: int, say: Callable[[str], None]) -> None:
+        self._store, self._num_kept, self._say = store, num_kept, say
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="keeper")
+        self._under_way: Future[None] | None = None
+        self._kept = _known(store)
+        self._entries: list[JournalEntry] = []
+        self._lost_in_a_row = 0
+        self._lost: StorageUnavailable | None = None
+
+    def keep(self, save: Callable[[Path], Manifest], entry: JournalEntry | None = None, *, can_wait: bool) -> bool:
+        """Keep what `save` writes to a folder, and then the entry; False if it was left out.
+
+        One that `can_wait` is left out while another is under way, others wait for that.
+
+        Raises:
+            StorageUnavailable: MAX_LOST_IN_A_ROW checkpoints were lost.
+        """
+        if can_wait and self._under_way is not None and not self._under_way.done():
+            return False
+        self.wait()
+        if self._lost_in_a_row >= MAX_LOST_IN_A_ROW and self._lost is not None:
+            raise self._lost
+        folder = Path(tempfile.mkdtemp(prefix="speck-checkpoint-"))
+        try:
+            manifest = save(folder)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            self._lose(StorageFull(f"{folder}: no room for a checkpoint on this node's disk; free some, or set TMPDIR"))
+            return False
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._under_way = self._pool.submit(self._put, folder, manifest, entry)
+        return True
+
+    def wait(self) -> None:
+        """Wait for what is under way."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+
+    def close(self) -> None:
+        """Wait for what is under way, and try once more what the journal lacks."""
+        self._pool.shutdown(wait=True)
+        self._write_entries()
+
+    def _put(self, folder: Path, manifest: Manifest, entry: JournalEntry | None) -> None:
+        try:
+            # No two have one name, for a step may be reached twice.
+            name = f"{CHECKPOINTS}/{manifest.step:09d}-{secrets.token_hex(3)}"
+            self._store.upload(folder, name, last=MANIFEST)
+            self._kept[name] = manifest
+            self._lost_in_a_row = 0
+            for old in _surplus(self._kept, self._num_kept):
+                self._store.delete(old)
+                del self._kept[old]
+        except StorageUnavailable as error:
+            self._lose(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if entry is not None:
+            self._entries.append(entry)
+        self._write_entries()
+
+    def _lose(self, error: StorageUnavailable) -> None:
+        self._lost, self._lost_in_a_row = error, self._lost_in_a_row + 1
+        self._say(f"a checkpoint is lost, {self._lost_in_a_row} of {MAX_LOST_IN_A_ROW} in a row: {error}")
+
+    def _write_entries(self) -> None:
+        while self._entries:
+            try:
+                write_entry(self._store, self._entries[0])
+            except StorageUnavailable as error:
+                self._say(f"the journal waits: {error}")
+                return
+            del self._entries[0]
+
+
+def _known(store: RunStore) -> dict[str, Manifest]:
+    """The checkpoints that are there, by name; what has no readable manifest is left to `newest_valid`."""
+    known = {}
+    for name in store.names(CHECKPOINTS):
+        folder, _, file = name.rpartition("/")
+        if file == MANIFEST:
+            try:
+                known[folder] = Manifest.model_validate(json.loads(store.read(name)))
+            except (FileNotFoundError, ValueError):
+                continue
+    return known
+
+
+def _surplus(kept: dict[str, Manifest], num_kept: int) -> list[str]:
+    """Names of those that are neither among the latest nor the best, oldest first."""
+    by_step = sorted(kept, key=lambda name: (kept[name].step, name))
+    scored = [name for name in by_step if kept[name].score is not None]
+    best = max(scored, key=lambda name: (kept[name].score, kept[name].step), default=None)
+    return [name for name in by_step[:-num_kept] if name != best]

@@ -1,0 +1,261 @@
+"""One attempt at a run on a group of workers: train, score, put everything away.
+
+Ray's workers and torchrun's share it.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from data.image_cache import picture_folder
+from data.store import default_root, on_this_node
+from evaluation.result import ScoreResult
+from training.artifacts import write_artifacts
+from training.checkpoint import CHECKPOINTS, Manifest, newest_valid
+from training.keeper import Keeper
+from training.loop import Hooks, train
+from training.meter import PROGRESS_MARK, Progress
+from training.records import (
+    Attempt,
+    RunResult,
+    complete_journal,
+    hash_files,
+    journal_entry,
+    read_journal,
+    split_finite,
+    write_result,
+)
+from training.requests import Asked
+from training.scoring import Scored, Split, score_split
+from training.spec import RunSpec
+from training.state import WarmStart, warm_start_path
+from training.store import FolderStore, RunStore, StorageUnavailable
+from training.system import SystemMeter
+from training.watchdog import Watchdog
+from training.workers import Workers
+
+# Rank 0 looks this often whether somebody asked the run to stop.
+STOP_POLL_S = 1.0
+# In a run's records, where storage is no folder: the weights it starts from, in a file named by their sha256.
+WARM_START = "warm_start"
+_leaving = threading.Event()
+
+
+def leave_on_sigterm() -> None:
+    """From now on SIGTERM asks the training in this process to leave: it keeps a checkpoint first.
+
+    In the main thread.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: _leaving.set())
+
+
+def stop_name(number: int) -> str:
+    """The object in a run whose being there asks an attempt to stop."""
+    return f"stop/{number:03d}"
+
+
+def run_attempt(
+    attempt: Attempt,
+    store: RunStore,
+    workers: Workers,
+    *,
+    accumulation: int,
+    preempting: Callable[[], bool] = lambda: False,
+    reported: Callable[[dict[str, Any]], object] = lambda _: None,
+) -> None:
+    """Train from the newest whole checkpoint, score val and test, and leave `result.json` in the store, last.
+
+    `accumulation`: at least the spec's. `preempting`: whether a machine of the group is about to be taken away.
+    `reported` is told of every epoch's metrics, on all ranks.
+
+    Raises:
+        Stopped, Preempted and what else `train` raises; the checkpoint that they speak of is in the store by then.
+        StorageUnavailable: the store does not take, or give, what it has to.
+    """
+    spec, started = attempt.spec, time.monotonic()
+    say = _say if workers.rank == 0 else _nothing
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(spec.compute.hang_timeout_s, f"worker {workers.rank}"))
+        here = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="speck-run-")))
+        dataset_folder = on_this_node(spec.dataset.name, spec.dataset.version, attempt.data_source)
+        cache_folder = picture_folder(default_root(), spec.dataset.version)
+        checkpoint = _newest_checkpoint(store, workers, here / CHECKPOINTS)
+        keeper: Keeper | None = None
+        if workers.rank == 0:
+            if checkpoint is not None:
+                complete_journal(store, attempt, checkpoint)
+            keeper = Keeper(store, num_kept=spec.compute.keep_checkpoints, say=say)
+            stack.callback(keeper.close)
+        requests = _Requests(store, attempt, workers.rank, preempting)
+        stack.callback(requests.close)
+        who = f"{workers.world_size} worker" + "s" * (workers.world_size > 1)
+        where = f"resuming from {checkpoint.name}" if checkpoint else "starting at epoch 1"
+        say(f"data ready on {who} after {time.monotonic() - started:.1f} s, {where}")
+        hooks = Hooks(
+            report=_reporter(attempt, keeper, requests, reported),
+            checkpoint=_checkpointer(keeper, requests, say),
+            asked=requests.asked,
+            alive=watchdog.alive,
+            progress=lambda news: say(_line(news)),
+            warm_started=lambda taken: say(_warm_start_line(taken)),
+            skipped=lambda paths: say(_skipped_line(paths)),
+        )
+        initial = None if checkpoint else _initial_weights(spec, store, here)
+        state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial, cache_folder, accumulation)
+        trained = time.monotonic()
+        say("scoring on the test split")
+        average = state.average.module
+        # Val chooses the thresholds by which test is judged.
+        chosen = None if validation is None else validation.analysis.operating_point
+        test = score_split(spec, average, dataset_folder, "test", workers, operating_point=chosen, alive=watchdog.alive)
+        if keeper is not None and validation is not None and test is not None:
+            keeper.wait()
+            seconds = {"train": trained - started, "score_test": time.monotonic() - trained}
+            scored: dict[Split, Scored] = {"val": validation, "test": test}
+            artifacts = here / "artifacts"
+            journal = read_journal(store)
+            write_artifacts(spec, average.state_dict(), scored, seconds, dataset_folder, artifacts, journal)
+            store.upload(artifacts, "artifacts", last="seconds.json")
+            keeper.close()
+            results = {split: content.result for split, content in scored.items()}
+            write_result(store, _result(attempt, results, hash_files(here, artifacts), seconds))
+
+
+def _result(
+    attempt: Attempt, scores: dict[Split, ScoreResult], files: dict[str, str], seconds: dict[str, float]
+) -> RunResult:
+    now_ms = time.time_ns() // 1_000_000
+    return RunResult(
+        run_key=attempt.run_key,
+        spec=attempt.spec,
+        scores={"val": scores["val"], "test": scores["test"]},
+        files=files,
+        attempts=attempt.number,
+        seconds=seconds | {"job": (now_ms - attempt.submitted_ms) / 1000},
+        code_hash=attempt.code_hash,
+        finished_ms=now_ms,
+    )
+
+
+def _newest_checkpoint(store: RunStore, workers: Workers, here: Path) -> Path | None:
+    """This node's copy of the checkpoint to go on from; rank 0 chooses it."""
+    chosen = newest_valid(store, here, _say) if workers.rank == 0 else None
+    name: str | None = workers.broadcast(None if chosen is None else chosen.name)
+    if name is None or chosen is not None:
+        return chosen
+    return store.download(f"{CHECKPOINTS}/{name}", here / name)
+
+
+def _initial_weights(spec: RunSpec, store: RunStore, here: Path) -> Path | None:
+    """The file of weights to start from: beside all runs in a shared folder, in the run's own records elsewhere."""
+    if spec.training.warm_start is None:
+        return None
+    if isinstance(store, FolderStore):
+        return warm_start_path(Path(store.url).parent, spec.training.warm_start)
+    path = warm_start_path(here, spec.training.warm_start)
+    return store.download(WARM_START, here / WARM_START) / path.name
+
+
+class _Requests:
+    """What a worker is asked while it trains. On rank 0 a thread looks for a request to stop."""
+
+    def __init__(self, store: RunStore, attempt: Attempt, rank: int, preempting: Callable[[], bool]) -> None:
+        self._interval_s = attempt.spec.compute.checkpoint_every_minutes * 60
+        self._keeps, self._preempting = rank == 0, preempting
+        self._kept = time.monotonic()
+        self._was_preempting = False
+        self._stop, self._closed = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        if rank == 0:
+            arguments = (store, stop_name(attempt.number))
+            self._thread = threading.Thread(target=self._watch, args=arguments, name="requests", daemon=True)
+            self._thread.start()
+
+    def asked(self) -> Asked:
+        """What this worker is asked now."""
+        is_due = self._keeps and time.monotonic() - self._kept > self._interval_s
+        preempting = not self._was_preempting and self._preempting()
+        self._was_preempting |= preempting
+        return Asked(checkpoint=is_due or preempting, leave=_leaving.is_set(), stop=self._stop.is_set())
+
+    def kept(self) -> None:
+        """A checkpoint was made: the next is due an interval later."""
+        self._kept = time.monotonic()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self, store: RunStore, name: str) -> None:
+        while not self._closed.wait(STOP_POLL_S):
+            try:
+                if store.exists(name):
+                    self._stop.set()
+                    return
+            except StorageUnavailable:
+                continue
+
+
+def _reporter(
+    attempt: Attempt, keeper: Keeper | None, requests: _Requests, reported: Callable[[dict[str, Any]], object]
+) -> Callable[[dict[str, float], int, int, Callable[..., Manifest]], None]:
+    system = SystemMeter()
+
+    def report(metrics: dict[str, float], step: int, epoch: int, save: Callable[..., Manifest]) -> None:
+        stamped = metrics | system.read() | {"step": step, "epoch": epoch, "timestamp_ms": time.time_ns() // 1_000_000}
+        if keeper is not None:
+            finite = split_finite(stamped)[0]
+            keeper.keep(lambda folder: save(folder, finite), journal_entry(attempt, stamped), can_wait=False)
+        requests.kept()
+        reported(stamped)
+
+    return report
+
+
+def _checkpointer(
+    keeper: Keeper | None, requests: _Requests, say: Callable[[str], None]
+) -> Callable[[int, int, Callable[..., Manifest], bool], None]:
+    def checkpoint(step: int, epoch: int, save: Callable[..., Manifest], is_ending: bool) -> None:
+        requests.kept()
+        if keeper is None:
+            return
+        if keeper.keep(save, can_wait=not is_ending):
+            say(f"checkpoint at step {step}, in epoch {epoch + 1}")
+        if is_ending:
+            keeper.wait()
+
+    return checkpoint
+
+
+def _line(news: Progress) -> str:
+    minutes, seconds = divmod(int(news.eta_s), 60)
+    return (
+        f"epoch {news.epoch}/{news.epochs} step {news.step}/{news.steps} loss {news.loss:.3f} "
+        f"{news.images_per_s:.1f} img/s ETA {minutes}:{seconds:02d}"
+    )
+
+
+def _warm_start_line(taken: WarmStart) -> str:
+    left = f", left as initialised: {', '.join(taken.left)}" if taken.left else ""
+    return f"warm start: {taken.num_taken} of {taken.num_taken + len(taken.left)} tensors taken{left}"
+
+
+def _skipped_line(paths: list[Path]) -> str:
+    return f"skipped {len(paths)} training images that cannot be read: {', '.join(str(path) for path in paths)}"
+
+
+def _say(message: str) -> None:
+    print(f"{PROGRESS_MARK} {message}", flush=True)
+
+
+def _nothing(message: str) -> None:
+    del message
