@@ -10,7 +10,9 @@ from evaluation.result import code_hash, syntax_tree
 
 # Not evaluation: it has no part in the weights, and scores have a hash of their own.
 PACKAGES = ("models", "data", "training")
-ROOTS = ("training.loop", "training.worker")
+ROOT = "training.loop"
+# Starts the loop, and has no part in what it does.
+STARTER = "training.torchrun"
 
 
 def training_code_hash(repo: Path, architecture_module: str) -> str:
@@ -18,12 +20,12 @@ def training_code_hash(repo: Path, architecture_module: str) -> str:
 
     `models/__init__.py` is left out: it lists all architectures, and adding one changes no other.
     """
-    pending = [*ROOTS, architecture_module]
+    pending = [ROOT, architecture_module]
     seen: dict[str, Path] = {}
     while pending:
         module = pending.pop()
         path = _source(repo, module)
-        if module in seen or path is None or module == "models":
+        if module in seen or path is None or module in {"models", STARTER}:
             continue
         seen[module] = path
         pending += _imports(module, path)

@@ -1,7 +1,7 @@
 """The training loop, without Ray, MLflow or printing: one run from its spec to scored weights.
 
 Every rank executes the same lines; what differs is the share of each global batch it sees.
-`torchrun -m training.loop SPEC` runs it on clusters without Ray, see `training.torchrun`.
+`torchrun -m training.loop SPEC` runs it where there is no Ray, see `training.torchrun`.
 """
 
 from __future__ import annotations

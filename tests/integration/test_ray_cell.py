@@ -272,7 +272,7 @@ def test_a_killed_worker_costs_the_epoch_in_flight_alone(service: Service, tiny:
     starts = [line for line in lines if "data ready on" in line]
     assert len(starts) == 2, starts
     assert "starting at epoch 1" in starts[0]
-    assert "resuming from checkpoint_" in starts[1]
+    assert "resuming from 0" in starts[1]
 
 
 def test_a_cut_connection_is_made_again_and_no_line_comes_twice(

@@ -89,7 +89,7 @@ def run(
     (folder / "artifacts/weights.safetensors").write_bytes(b"weights")
     code_hash = code_hash or plan_cell(spec, settings).code_hash
     record_attempt(folder, spec, data_source="", code_hash=code_hash)
-    save_checkpoint(folder / "checkpoint_1", run_key=spec.run_key, step=6, epoch=1, tensors={}, state={})
+    save_checkpoint(folder / "checkpoints" / "1", run_key=spec.run_key, step=6, epoch=1, tensors={}, state={})
     if make_result is not None:
         files = hash_files(folder, folder / "artifacts")
         write_result(folder, make_result(spec, 0.25, 0.5, files=files, code_hash=code_hash))
@@ -162,7 +162,7 @@ def test_what_is_needed_survives_and_the_rest_is_freed(
 
     assert [plan_cell(spec, settings).state for spec in (finished, begun)] == before
     assert warm_start_path(settings.storage, WARM).is_file()
-    assert (half_done / "checkpoint_1/manifest.json").is_file()
+    assert (half_done / "checkpoints/1/manifest.json").is_file()
     assert [path.name for path in aside.iterdir()] == ["attempts"], "numbers of attempts are not given away again"
     assert {path.name for path in (node / "tiny-squares").glob("[!.]*")} == {trained, registered, current, half}
     assert {path.name for path in (node / ".pictures").iterdir()} == {trained, registered, current, half}

@@ -53,15 +53,15 @@ def test_what_was_never_trained_is_trained_and_planning_leaves_no_trace(settings
 
 def test_the_newest_whole_checkpoint_says_where_to_go_on(settings: Settings, spec: RunSpec, run_folder: Path) -> None:
     for epoch in (1, 2):
-        checkpoint(run_folder / f"checkpoint_2026-01-0{epoch}", spec, epoch)
+        checkpoint(run_folder / "checkpoints" / f"0{epoch}", spec, epoch)
     assert plan_cell(spec, settings).why == "stopped after epoch 2 of 2"
-    weights = run_folder / "checkpoint_2026-01-02" / "model.safetensors"
+    weights = run_folder / "checkpoints" / "02" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     planned = plan_cell(spec, settings)
     assert (planned.state, planned.why) == ("resume", "stopped after epoch 1 of 2")
-    (run_folder / "checkpoint_2026-01-01" / "manifest.json").unlink()
+    (run_folder / "checkpoints" / "01" / "manifest.json").unlink()
     assert plan_cell(spec, settings).state == "train"
 
 
@@ -126,7 +126,7 @@ def test_a_damaged_result_is_made_again(
 
 def test_other_runs_do_not_count(settings: Settings, spec: RunSpec, cell_spec: Callable[..., RunSpec]) -> None:
     other = cell_spec(seed=1)
-    checkpoint(settings.storage / other.run_key / "checkpoint_2026-01-01", other, 1)
+    checkpoint(settings.storage / other.run_key / "checkpoints" / "01", other, 1)
     assert plan_cell(other, settings).state == "resume"
     assert plan_cell(spec, settings).state == "train"
 
@@ -162,7 +162,7 @@ def test_the_estimate_comes_from_a_probe_and_then_from_a_finished_run_of_its_kin
     assert measured.estimate.source == f"run {other.run_key}"
     assert measured.estimate.disk_bytes == sum(p.stat().st_size for p in run_folder.rglob("*") if p.is_file())
 
-    checkpoint(settings.storage / spec.run_key / "checkpoint_2026-01-01", spec, 1)
+    checkpoint(settings.storage / spec.run_key / "checkpoints" / "01", spec, 1)
     (resumed,) = plan_cells([spec], settings)
     assert resumed.estimate is not None
     assert measured.estimate.seconds - resumed.estimate.seconds == pytest.approx(100 / 4 + 20 * 0.25)
@@ -171,7 +171,7 @@ def test_the_estimate_comes_from_a_probe_and_then_from_a_finished_run_of_its_kin
 def test_a_half_finished_run_of_other_code_is_said_to_be_one_and_put_aside_when_asked(
     settings: Settings, spec: RunSpec, run_folder: Path
 ) -> None:
-    checkpoint(run_folder / "checkpoint_2026-01-01", spec, 1)
+    checkpoint(run_folder / "checkpoints" / "01", spec, 1)
     record_attempt(run_folder, spec, data_source="", code_hash="0ld")
     planned = plan_cell(spec, settings)
     assert (planned.state, planned.superseding) == ("resume", False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from training.checkpoint import (
+    CHECKPOINTS,
     MANIFEST,
     CorruptCheckpoint,
     load_checkpoint,
@@ -97,18 +98,16 @@ def test_a_changed_manifest_is_found(checkpoint: Path) -> None:
 
 
 def test_the_furthest_checkpoint_comes_first(tmp_path: Path) -> None:
-    """Whatever its name says: Ray's holds the local time. Without a manifest it comes last, but comes."""
-    steps = {"checkpoint_2031-10-26_02-59-59": 12, "checkpoint_2031-10-26_02-00-00": 18, "checkpoint_2031-10-25": 6}
+    """Whatever its name says. Without a manifest it comes last, but comes."""
+    steps = {"3": 12, "1": 18, "2": 6}
     for name, step in steps.items():
-        save_checkpoint(tmp_path / name, run_key="a" * 12, step=step, epoch=step // 6, tensors={}, state={})
-    (tmp_path / "checkpoint_2031-10-26_02-59-59" / MANIFEST).write_text("{")
-    for name in ("checkpoint_2031-10-27", "artifacts", "journal"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
-    assert [path.name for path in newest_first(tmp_path)] == [
-        "checkpoint_2031-10-26_02-00-00", "checkpoint_2031-10-25", "checkpoint_2031-10-27",
-        "checkpoint_2031-10-26_02-59-59",
-    ]  # fmt: skip
+        save_checkpoint(
+            tmp_path / CHECKPOINTS / name, run_key="a" * 12, step=step, epoch=step // 6, tensors={}, state={}
+        )
+    (tmp_path / CHECKPOINTS / "3" / MANIFEST).write_text("{")
+    (tmp_path / CHECKPOINTS / "4").mkdir()
+    (tmp_path / "artifacts").mkdir()
+    assert [path.name for path in newest_first(tmp_path)] == ["1", "2", "4", "3"]
     assert list(newest_first(tmp_path / "missing")) == []
 
 

@@ -31,6 +31,10 @@ OTHER = {
     "warm_start": f"sha256:{'0' * 64}",
     "freeze": ("backbone",),
     "repeat_threshold": 0.001,
+    "sync_batch_norm": False,
+    "compile": True,
+    "clip_norm": 10.0,
+    "patience_epochs": 5,
 }
 recipes = st.builds(
     TrainingSpec,
