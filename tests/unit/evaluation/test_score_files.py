@@ -114,8 +114,8 @@ def test_uavdt_frames_become_images_and_its_unread_files_are_data_of_the_protoco
     files = read_uavdt(tmp_path, {})
     tables = files.tables
     assert files.notes == (
-        "1 detections are in frames that have no row of ground truth, and count as false positives: see that both "
-        "number the frames alike",
+        f"1 detections are in frames that have no row of ground truth, the first is {tmp_path}/found/M0209.txt:3, and "
+        "count as false positives: see that both number the frames alike",
     )
     assert tables.file_names == tuple(f"{name}.jpg" for name in (
         "M0209/img000001", "M0209/img000002", "M0209/img000003", "M0209/img000004", "M1004/img000005",
@@ -291,13 +291,13 @@ def test_what_is_no_known_format_is_told(tmp_path: Path) -> None:
 
 
 def test_corners_are_told_without_a_size_too(tmp_path: Path) -> None:
-    rule = "100% of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2; write the width and"
+    rule = "100% of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2, the first is "
     # UAVDT says no size: as far as the ground truth reaches.
     wide = {
         "GT/M1004_gt_whole.txt": "5,1,900,400,100,100,1,1,3\n",
         "found/M0209.txt": "3,-1,814,310,850,350,0.75,1,2\n",
     }
-    assert f"found: {rule}" in message(read_uavdt, tmp_path, wide)
+    assert f"found: {rule}found/M0209.txt:1; write x, y, width, height" in message(read_uavdt, tmp_path, wide)
 
 
 def test_the_first_box_that_may_be_corners_is_told_by_its_line(tmp_path: Path) -> None:
