@@ -32,6 +32,8 @@ _LOOKED_FOR = (
 _BEYOND = 1.1
 # Of all boxes: a share that is told, and one above which the file is refused.
 _TOLD, _REFUSED = 0.1, 0.5
+# In a file that is in another order throughout, a share of all boxes that make sense in it.
+_NEARLY_ALL = 0.95
 
 
 class ScoreFiles(NamedTuple):
@@ -114,42 +116,46 @@ def _with_sizes(tables: Tables, sizes_px: dict[str, list[int]], *, is_by_folder:
 def _order_notes(read: FileTables, ground_truth: Path, detections: Path, problems: Problems) -> list[str]:
     """Tell boxes whose numbers stand in another order: they reach beyond their image, and lie in it when read that way.
 
-    Most of a file's boxes are a problem; a good part of them, which may be false ones, is worth a note. Where an
-    image's size is not known, it is as large as the ground truth of all images reaches.
+    Most of a file's boxes are a problem, and so is a good part where nearly all could be read that way; else a good
+    part, which may be false ones, is worth a note. Where an image's size is not known, it is as large as the ground
+    truth of all images reaches.
     """
     tables = read.tables
     truths = tables.truths.boxes_xywh_px
     reach = (truths[:, :2] + truths[:, 2:]).max(axis=0, initial=0)
     sizes_px = np.where(tables.image_sizes_px > 0, tables.image_sizes_px, reach)
+    is_size_known: NDArray[np.bool_] = np.all(tables.image_sizes_px > 0, axis=1)
     notes = []
     for path, table, place in (
         (ground_truth, tables.truths, read.truth_place),
         (detections, tables.detections, read.detection_place),
     ):
-        fits_as = _fits_as(table.boxes_xywh_px, sizes_px[table.image])
-        order = max(fits_as, key=lambda order: fits_as[order].sum())
-        fits, num_boxes = fits_as[order], len(table.image)
-        if fits.sum() < max(1, _TOLD * num_boxes):
+        boxes_px, of_image = table.boxes_xywh_px, sizes_px[table.image]
+        is_beyond = (boxes_px[:, :2] + boxes_px[:, 2:] > _BEYOND * of_image).any(axis=1)
+        fits_as = _fits_as(boxes_px, of_image, is_size_known[table.image])
+        order = max(fits_as, key=lambda order: (is_beyond & fits_as[order]).sum())
+        fits, is_other = fits_as[order], np.logical_and(is_beyond, fits_as[order])
+        if not is_other.any() or is_other.mean() < _TOLD:
             continue
-        rule = f"{fits.mean():.0%} of the boxes reach beyond their image as x, y, w, h and fit as {order}"
-        rule += f", the first is {place(int(fits.argmax()))}"
-        if fits.sum() > _REFUSED * num_boxes:
+        rule = (
+            f"{is_other.mean():.0%} of the boxes reach beyond their image as x, y, w, h and fit as {order}, the first "
+            f"is {place(int(is_other.argmax()))}"
+        )
+        if is_other.mean() > _REFUSED or fits.mean() >= _NEARLY_ALL:
             problems.add(path, f"{rule}; write x, y, width, height")
         else:
             notes.append(f"{rule}: see that all are x, y, w, h")
     return notes
 
 
-def _fits_as(boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:
-    """By another order of the four numbers, which boxes (N,) make sense in that order only."""
+def _fits_as(
+    boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64], is_size_known: NDArray[np.bool_]
+) -> dict[str, NDArray[np.bool_]]:
+    """By another order of the four numbers, which boxes (N,) make sense in it; rows first only of a known size."""
     first, second, limit = boxes_px[:, :2], boxes_px[:, 2:], _BEYOND * sizes_px
-    is_beyond = (first + second > limit).any(axis=1)
-    are_corners = ((second > first) & (second <= limit)).all(axis=1)
+    are_corners: NDArray[np.bool_] = np.all((second > first) & (second <= limit), axis=1)
     is_turned = (first + second <= limit[:, ::-1]).all(axis=1)
-    return {
-        "x1, y1, x2, y2": np.logical_and(is_beyond, are_corners),
-        "y, x, h, w": np.logical_and(is_beyond, is_turned),
-    }
+    return {"x1, y1, x2, y2": are_corners, "y, x, h, w": np.logical_and(is_turned, is_size_known)}
 
 
 def _notes(read: FileTables, *, are_frames: bool) -> list[str]:

@@ -216,17 +216,28 @@ def test_a_part_of_the_boxes_as_corners_is_told_and_most_of_them_are_refused(tmp
 
 def test_rows_before_columns_are_told_where_the_image_shows_it(tmp_path: Path) -> None:
     turned = [{**DETECTION, "bbox": [y, x, 8, 6]} for y, x in ((10, 85), (40, 90), (60, 10), (5, 5))]
-    (note,) = read_json(tmp_path, document(), turned).notes
-    assert note.startswith(
-        "50% of the boxes reach beyond their image as x, y, w, h and fit as y, x, h, w, the first is"
+    as_it_should = {**DETECTION, "bbox": [90, 60, 8, 6]}
+    (note,) = read_json(tmp_path, document(), [*turned, as_it_should]).notes
+    rule = "of the boxes reach beyond their image as x, y, w, h and fit as y, x, h, w, the first is"
+    assert note == f"40% {rule} {tmp_path}/found.json: detection 0: see that all are x, y, w, h"
+    # All of them make sense that way, half of them in no other.
+    assert message(tmp_path, document(), turned) == (
+        f"1 problem(s):\n  found.json: 50% {rule} found.json: detection 0; write x, y, width, height"
     )
-    assert note.endswith("found.json: detection 0: see that all are x, y, w, h")
-    most = message(tmp_path, document(), turned[:3])
-    assert "67% of the boxes" in most
-    assert most.endswith("and fit as y, x, h, w, the first is found.json: detection 0; write x, y, width, height")
+    # The only object, 90 px from the left, does not show that the image is no higher than 18.
+    flat = {**document()["annotations"][0], "bbox": [10, 10, 80, 8]}
+    without_size = document(images=[{"id": 7}], annotations=[flat])
+    assert read_json(tmp_path, without_size, turned[:1]).notes == ()
     # Of a square image nothing shows it.
     square = document(images=[{"id": 7, "width": 100, "height": 100}])
     assert read_json(tmp_path, square, turned).notes == ()
+
+
+def test_a_file_of_corners_is_refused_also_where_few_of_them_reach_beyond(tmp_path: Path) -> None:
+    corners = [{**DETECTION, "bbox": [x, x, x + 8, x + 8]} for x in (5, 10, 20, 30, 60)]
+    assert "found.json: 20% of the boxes reach beyond" in message(tmp_path, document(), corners)
+    others = [{**DETECTION, "bbox": [20, 20, 8, 8]}]
+    assert read_json(tmp_path, document(), corners + others)[2][0].startswith("17% of the boxes reach beyond")
 
 
 def test_objects_marked_ignore_are_told_to_count_all_the_same(tmp_path: Path) -> None:
