@@ -31,7 +31,10 @@ def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> FileT
     with suppress(BadGroundTruth, BadDetections):
         tables = tabulate(document, results)
         return FileTables(
-            tables, lambda row: f"{ground_truth}: annotations[{row}]", lambda row: f"{detections}: detection {row}"
+            tables,
+            lambda row: f"{ground_truth}: annotations[{row}]",
+            lambda row: f"{detections}: detection {row}",
+            _ignore_notes(ground_truth, document["annotations"]),
         )
     # That told of one file alone.
     faults = []
@@ -44,6 +47,17 @@ def read_coco(ground_truth: Path, detections: Path, problems: Problems) -> FileT
         except (BadGroundTruth, BadDetections) as error:
             faults.append(f"{path}: {error}")
     raise BadFiles("\n".join(faults))
+
+
+def _ignore_notes(path: Path, annotations: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Tell marks that look as if they did something: pycocotools puts `iscrowd` in their place."""
+    marked = [row for row, fields in enumerate(annotations) if fields.get("ignore") and not fields.get("iscrowd")]
+    if not marked:
+        return ()
+    return (
+        f"{len(marked)} objects are marked ignore: 1, the first is {path}: annotations[{marked[0]}]: as in pycocotools "
+        "they count as any other; iscrowd: 1 is what lets detections on them count neither way",
+    )
 
 
 def read_json(path: Path, problems: Problems) -> Any:

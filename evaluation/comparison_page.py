@@ -13,7 +13,7 @@ from evaluation.error_pictures import enlarged, legend, marks_of, shown_zoom, wh
 from evaluation.ignore import IgnoreRule
 from evaluation.matching import ImageMatches, match
 from evaluation.report_page import STYLE, class_names
-from evaluation.significance import Comparison
+from evaluation.significance import Comparison, Difference
 
 _SHOWN_PX = 540
 
@@ -47,9 +47,12 @@ def write_comparison(
     scored_on: str,
     ignore_rule: IgnoreRule,
     comparison: Comparison,
+    notes: Sequence[str],
     num_images: int = 12,
 ) -> None:
-    """Write the page, with the table of a `comparison` of the two. `scored_on`: dataset, version and split.
+    """Write the page, with the tables of a `comparison` of the two. `scored_on`: dataset, version and split.
+
+    `notes`: what must be known to read the tables, of the samples above all.
 
     Images are ordered by objects that only one run found plus the gap in false positives.
 
@@ -74,8 +77,10 @@ def write_comparison(
         "found, plus the gap in false positives. Enlarged are the smallest objects that one missed and the other "
         f"found.</p>{legend()}"
     )
+    of_classes = {f"{label}: {name}": d for label, row in comparison.per_class.items() for name, d in row.items()}
     sections = {
-        "Metrics": _metrics(comparison, sides),
+        "Metrics": _differences_table(comparison.metrics, comparison.confidence, sides) + _reading(notes),
+        **({"Classes": _differences_table(of_classes, comparison.confidence, sides)} if of_classes else {}),
         "Objects": _totals(differences, sides),
         "Where they differ": reading + pictures if shown else "<p>No image has another outcome.</p>",
     }
@@ -84,24 +89,27 @@ def write_comparison(
     path.write_text(page, encoding="utf-8")
 
 
-def _metrics(comparison: Comparison, sides: tuple[Side, Side]) -> str:
+def _differences_table(differences: Mapping[str, Difference], confidence: float, sides: tuple[Side, Side]) -> str:
     a, b = (escape(side.name) for side in sides)
     rows = [
         (
             escape(name), f"{found.first:.3f}", f"{found.second:.3f}", f"{found.difference:+.3f}",
             f"{found.low:+.3f} to {found.high:+.3f}", found.verdict or "",
         )
-        for name, found in comparison.metrics.items()
+        for name, found in differences.items()
         if found.first is not None and found.second is not None and found.difference is not None
         and found.low is not None and found.high is not None
     ]  # fmt: skip
-    head = ("", a, b, "difference", f"{comparison.confidence:.0%} interval", "the second is")
-    return (
-        f'<div class="scroll">{table(head, rows)}</div><p class="reading">Paired bootstrap: both are scored on the '
-        f"same {comparison.num_samples:,} samples of {comparison.num_groups:,} groups of {comparison.num_images:,} "
-        "images. The interval holds the differences that other pictures of the same kind would give; it does not see "
-        "what another training seed would.</p>"
+    head = ("", a, b, "difference", f"{confidence:.0%} interval", "the second is")
+    return f'<div class="scroll">{table(head, rows)}</div>'
+
+
+def _reading(notes: Sequence[str]) -> str:
+    words = (
+        "Paired bootstrap: both are scored on the same samples. The interval holds the differences that other "
+        "pictures of the same kind would give."
     )
+    return "".join(f'<p class="reading">{escape(note)}</p>' for note in (words, *notes))
 
 
 def _differences(

@@ -40,11 +40,15 @@ class Problems:
 
 
 class FileTables(NamedTuple):
-    """What files say, and where: the place of a row of its ground truths, or of its detections, by file and line."""
+    """What files say, and where: the place of a row of its ground truths, or of its detections, by file and line.
+
+    `notes`: what one must know of these files beside that.
+    """
 
     tables: Tables
     truth_place: Callable[[int], str]
     detection_place: Callable[[int], str]
+    notes: tuple[str, ...] = ()
 
 
 class NumberTable(NamedTuple):

@@ -32,6 +32,8 @@ _LOOKED_FOR = (
 _BEYOND = 1.1
 # Of all boxes: a share that is told, and one above which the file is refused.
 _TOLD, _REFUSED = 0.1, 0.5
+# In a file that is in another order throughout, a share of all boxes that make sense in it.
+_NEARLY_ALL = 0.95
 
 
 class ScoreFiles(NamedTuple):
@@ -51,8 +53,8 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
 
     Raises:
         BadFiles: all that is wrong, with file and line or index: no known format; rows that are not numbers or too
-            short; unknown image, sequence or class; boxes without size, or most as corners, not x, y, w, h; scores
-            outside 0..1; a file that is missing, or one too many; ids that repeat.
+            short; unknown image, sequence or class; boxes without size, or most in another order than x, y, w, h;
+            scores outside 0..1; a file that is missing, or one too many; ids that repeat.
     """
     problems = Problems()
     sizes_px = _sizes(image_sizes, problems) if image_sizes else {}
@@ -74,9 +76,10 @@ def read_files(ground_truth: Path, detections: Path, image_sizes: Path | None, *
     else:
         read = read_coco(ground_truth, detections, problems)
     tables = _with_sizes(read.tables, sizes_px, is_by_folder=whole is not None)
-    notes = _corner_notes(read._replace(tables=tables), ground_truth, detections, problems)
+    read = read._replace(tables=tables)
+    notes = [*read.notes, *_order_notes(read, ground_truth, detections, problems)]
     problems.check()
-    notes += _notes(tables, are_frames=whole is not None)
+    notes += _notes(read, are_frames=whole is not None)
     if whole is not None and (alone := regions_alone(whole)):
         notes.append(
             f"{len(alone)} files of ignore regions are not used, their sequences have no *_gt_whole.txt: {some(alone)}"
@@ -110,40 +113,53 @@ def _with_sizes(tables: Tables, sizes_px: dict[str, list[int]], *, is_by_folder:
     return tables._replace(image_sizes_px=known)
 
 
-def _corner_notes(read: FileTables, ground_truth: Path, detections: Path, problems: Problems) -> list[str]:
-    """Tell boxes that are given as corners: they reach beyond their image, and lie in it when read that way.
+def _order_notes(read: FileTables, ground_truth: Path, detections: Path, problems: Problems) -> list[str]:
+    """Tell boxes whose numbers stand in another order: they reach beyond their image, and lie in it when read that way.
 
-    Most of a file's boxes are a problem; a good part of them, which may be false ones, is worth a note. Where an
-    image's size is not known, it is as large as the ground truth of all images reaches.
+    Most of a file's boxes are a problem, and so is a good part where nearly all could be read that way; else a good
+    part, which may be false ones, is worth a note. Where an image's size is not known, it is as large as the ground
+    truth of all images reaches.
     """
     tables = read.tables
     truths = tables.truths.boxes_xywh_px
     reach = (truths[:, :2] + truths[:, 2:]).max(axis=0, initial=0)
     sizes_px = np.where(tables.image_sizes_px > 0, tables.image_sizes_px, reach)
+    is_size_known: NDArray[np.bool_] = np.all(tables.image_sizes_px > 0, axis=1)
     notes = []
     for path, table, place in (
         (ground_truth, tables.truths, read.truth_place),
         (detections, tables.detections, read.detection_place),
     ):
-        are_corners = _may_be_corners(table.boxes_xywh_px, sizes_px[table.image])
-        share = are_corners.mean() if len(are_corners) else 0.0
-        rule = f"{share:.0%} of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2"
-        if share > _REFUSED:
-            problems.add(path, f"{rule}; write the width and height instead of x2, y2")
-        elif share >= _TOLD:
-            notes.append(f"{rule}, the first is {place(int(are_corners.argmax()))}: see that all are x, y, w, h")
+        boxes_px, of_image = table.boxes_xywh_px, sizes_px[table.image]
+        is_beyond = (boxes_px[:, :2] + boxes_px[:, 2:] > _BEYOND * of_image).any(axis=1)
+        fits_as = _fits_as(boxes_px, of_image, is_size_known[table.image])
+        order = max(fits_as, key=lambda order: (is_beyond & fits_as[order]).sum())
+        fits, is_other = fits_as[order], np.logical_and(is_beyond, fits_as[order])
+        if not is_other.any() or is_other.mean() < _TOLD:
+            continue
+        rule = (
+            f"{is_other.mean():.0%} of the boxes reach beyond their image as x, y, w, h and fit as {order}, the first "
+            f"is {place(int(is_other.argmax()))}"
+        )
+        if is_other.mean() > _REFUSED or fits.mean() >= _NEARLY_ALL:
+            problems.add(path, f"{rule}; write x, y, width, height")
+        else:
+            notes.append(f"{rule}: see that all are x, y, w, h")
     return notes
 
 
-def _may_be_corners(boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _fits_as(
+    boxes_px: NDArray[np.float64], sizes_px: NDArray[np.float64], is_size_known: NDArray[np.bool_]
+) -> dict[str, NDArray[np.bool_]]:
+    """By another order of the four numbers, which boxes (N,) make sense in it; rows first only of a known size."""
     first, second, limit = boxes_px[:, :2], boxes_px[:, 2:], _BEYOND * sizes_px
-    is_beyond = (first + second > limit).any(axis=1)
-    are_corners = ((second > first) & (second <= limit)).all(axis=1)
-    return np.logical_and(is_beyond, are_corners)
+    are_corners: NDArray[np.bool_] = np.all((second > first) & (second <= limit), axis=1)
+    is_turned = (first + second <= limit[:, ::-1]).all(axis=1)
+    return {"x1, y1, x2, y2": are_corners, "y, x, h, w": np.logical_and(is_turned, is_size_known)}
 
 
-def _notes(tables: Tables, *, are_frames: bool) -> list[str]:
-    notes = []
+def _notes(read: FileTables, *, are_frames: bool) -> list[str]:
+    tables, notes = read.tables, []
     if not len(tables.truths.label):
         notes.append("the ground truth has no object: there is nothing to find")
     if not len(tables.detections.label):
@@ -159,11 +175,12 @@ def _notes(tables: Tables, *, are_frames: bool) -> list[str]:
         notes.append("the detections have no class (column 9 is -1): class-aware numbers are left out")
     has_truth = np.isin(np.arange(len(tables.image_ids)), tables.truths.image)
     has_truth |= np.array([len(regions) > 0 for regions in tables.ignore_regions_xywh_px], bool)
-    num_alone = int((~has_truth[tables.detections.image]).sum())
-    if are_frames and num_alone:
+    alone = np.flatnonzero(~has_truth[tables.detections.image])
+    if are_frames and len(alone):
         notes.append(
-            f"{num_alone} detections are in frames that have no row of ground truth, and count as false positives: "
-            "see that both number the frames alike"
+            f"{len(alone)} detections are in frames that have no row of ground truth, the first is "
+            f"{read.detection_place(int(alone[0]))}, and count as false positives: see that both number the frames "
+            "alike"
         )
     return notes
 

@@ -98,6 +98,7 @@ def read_visdrone(annotations: Path, detections: Path, problems: Problems) -> Fi
         _tables(file_names, sizes_px, classes, objects, is_crowd, regions, found_rows),
         lambda row: place_of(int(np.flatnonzero(~is_region)[row]), truths),
         lambda row: place_of(row, found),
+        _empty_notes(truths, found),
     )
 
 
@@ -149,7 +150,12 @@ def read_uavdt(ground_truth: Path, detections: Path, problems: Problems) -> File
     if len(has_class) and not has_class.any():
         no_label = np.full_like(tables.detections.label, NO_CLASS)
         tables = tables._replace(detections=tables.detections._replace(label=no_label))
-    return FileTables(tables, lambda row: place_of(row, parts["truths"]), lambda row: place_of(row, parts["found"]))
+    return FileTables(
+        tables,
+        lambda row: place_of(row, parts["truths"]),
+        lambda row: place_of(row, parts["found"]),
+        _empty_notes(parts["truths"], parts["found"]),
+    )
 
 
 def _text_files(folder: Path, suffix: str = ".txt") -> list[str]:
@@ -192,6 +198,17 @@ def _require_own_ids(truth: NumberTable, problems: Problems) -> None:
         if first != line and row[1] >= 0:
             rule = f"frame {row[0]:.15g} has id {row[1]:.15g} in line {first} already"
             problems.add(f"{truth.path}:{line}", f"{rule}; give every object of a frame its own, or delete the row")
+
+
+def _empty_notes(truths: Sequence[NumberTable], found: Sequence[NumberTable]) -> tuple[str, ...]:
+    """Tell empty files: they say that there is nothing, and so does a file whose writing was cut short."""
+    notes = []
+    for what, tables in (("ground truth", truths), ("detections", found)):
+        empty = [table.path for table in tables if not len(table.lines)]
+        if empty:
+            rule = f"{len(empty)} of {len(tables)} files of {what} are empty, the first is {empty[0]}"
+            notes.append(f"{rule}: an empty file says that there is nothing")
+    return tuple(notes)
 
 
 def _picture_sizes(folder: Path, stems: Sequence[str], problems: Problems) -> NDArray[np.int64]:

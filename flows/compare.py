@@ -124,6 +124,7 @@ def compare_runs(
             scored_on=f"{dataset.name} · dataset version {dataset.version} · {split}",
             ignore_rule=options.ignore_rule,
             comparison=comparison,
+            notes=notes_on(compared),
         )
     return compared
 

@@ -78,7 +78,11 @@ def evaluate(
         )
         folder, device = dataset_folder(spec, settings), next(detector.parameters()).device
         timed = measure_latency(spec, detector, split_inputs(spec, folder, split), device) if latency else None
-    chosen_otherwise = found.operating_point is not None and score_options(spec) != score_options(found.spec)
+    elsewhere = {
+        "on the dataset": found.spec.run_key != found.run_key,
+        "under the options": score_options(spec) != score_options(found.spec),
+    }
+    chosen = [how for how, is_so in elsewhere.items() if is_so and found.operating_point is not None]
     # On another dataset the spec has another key, but the weights are still that run's.
     scored = by_split[split]
     scored = scored._replace(result=scored.result.model_copy(update={"run_key": found.run_key}))
@@ -87,10 +91,11 @@ def evaluate(
     if as_json:
         print_json(scored.result.model_dump(mode="json") | ({} if timed is None else {"latency": asdict(timed)}))
     else:
-        _print(scored, timed, chosen_otherwise)
+        _print(scored, timed, " and ".join(chosen))
 
 
-def _print(scored: Scored, latency: Latency | None, chosen_otherwise: bool) -> None:
+def _print(scored: Scored, latency: Latency | None, chosen: str) -> None:
+    """`chosen`: how the thresholds were chosen, where that is not how this is scored."""
     result, options = scored.result, scored.result.options
     tiling = options.tiling
     looked_at = "whole pictures" if tiling is None else f"tiles of {tiling.size_px} px, overlap {tiling.overlap_px} px,"
@@ -105,10 +110,8 @@ def _print(scored: Scored, latency: Latency | None, chosen_otherwise: bool) -> N
     print_classes(result.per_class, ["coco/AP", "coco/AP50", f"{result.protocol}/AP"])
     if scored.analysis.chosen_on == result.split == "test":
         typer.echo("  note: nothing on val chose the thresholds of analysis/...: test did, which flatters them")
-    elif chosen_otherwise:
-        typer.echo(
-            "  note: the thresholds of analysis/... were chosen on val, under the options of the model's own run"
-        )
+    elif chosen:
+        typer.echo(f"  note: the thresholds of analysis/... were chosen on val, {chosen} of the model's own run")
     if latency is not None:
         what = "images" if tiling is None else "tiles"
         tiles = "" if tiling is None else f"; {latency.inputs_per_image:.1f} tiles an image"

@@ -183,10 +183,13 @@ def test_bad_image_sizes_are_named(tmp_path: Path, sizes: Any, expected: str) ->
 
 def test_corners_instead_of_width_and_height_are_told(tmp_path: Path) -> None:
     corners = [{**DETECTION, "bbox": [x, 60, x + 8, 70]} for x in (5, 30, 50, 90)]
-    rule = "100% of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2; write the width and"
-    assert f"found.json: {rule}" in message(tmp_path, document(), corners)
+    rule = "100% of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2, the first is"
+    remedy = "; write x, y, width, height"
+    assert f"found.json: {rule} found.json: detection 0{remedy}" in message(tmp_path, document(), corners)
     annotations = [{**row, "id": number} for number, row in enumerate(corners)]
-    assert f"truth.json: {rule}" in message(tmp_path, document(annotations=annotations), [DETECTION])
+    assert f"truth.json: {rule} truth.json: annotations[0]{remedy}" in message(
+        tmp_path, document(annotations=annotations), [DETECTION]
+    )
     # Boxes that only stick out are no sign of it.
     assert read_json(tmp_path, document(), [{**DETECTION, "bbox": [2, 2, 104, 84]}]).notes == ()
 
@@ -206,7 +209,47 @@ def test_a_part_of_the_boxes_as_corners_is_told_and_most_of_them_are_refused(tmp
         f"{tmp_path}/truth.json: annotations[500]: see"
         in read_json(tmp_path, document(annotations=annotations), [DETECTION]).notes[0]
     )
-    assert message(tmp_path, document(), found(501)).startswith(f"1 problem(s):\n  found.json: 50% {rule}; write the")
+    assert message(tmp_path, document(), found(501)) == (
+        f"1 problem(s):\n  found.json: 50% {rule}, the first is found.json: detection 499; write x, y, width, height"
+    )
+
+
+def test_rows_before_columns_are_told_where_the_image_shows_it(tmp_path: Path) -> None:
+    turned = [{**DETECTION, "bbox": [y, x, 8, 6]} for y, x in ((10, 85), (40, 90), (60, 10), (5, 5))]
+    as_it_should = {**DETECTION, "bbox": [90, 60, 8, 6]}
+    (note,) = read_json(tmp_path, document(), [*turned, as_it_should]).notes
+    rule = "of the boxes reach beyond their image as x, y, w, h and fit as y, x, h, w, the first is"
+    assert note == f"40% {rule} {tmp_path}/found.json: detection 0: see that all are x, y, w, h"
+    # All of them make sense that way, half of them in no other.
+    assert message(tmp_path, document(), turned) == (
+        f"1 problem(s):\n  found.json: 50% {rule} found.json: detection 0; write x, y, width, height"
+    )
+    # The only object, 90 px from the left, does not show that the image is no higher than 18.
+    flat = {**document()["annotations"][0], "bbox": [10, 10, 80, 8]}
+    without_size = document(images=[{"id": 7}], annotations=[flat])
+    assert read_json(tmp_path, without_size, turned[:1]).notes == ()
+    # Of a square image nothing shows it.
+    square = document(images=[{"id": 7, "width": 100, "height": 100}])
+    assert read_json(tmp_path, square, turned).notes == ()
+
+
+def test_a_file_of_corners_is_refused_also_where_few_of_them_reach_beyond(tmp_path: Path) -> None:
+    corners = [{**DETECTION, "bbox": [x, x, x + 8, x + 8]} for x in (5, 10, 20, 30, 60)]
+    assert "found.json: 20% of the boxes reach beyond" in message(tmp_path, document(), corners)
+    others = [{**DETECTION, "bbox": [20, 20, 8, 8]}]
+    assert read_json(tmp_path, document(), corners + others)[2][0].startswith("17% of the boxes reach beyond")
+
+
+def test_objects_marked_ignore_are_told_to_count_all_the_same(tmp_path: Path) -> None:
+    annotation = document()["annotations"][0]
+    marks = [{}, {"ignore": 0}, {"ignore": 1}, {"ignore": 1, "iscrowd": 1}, {"ignore": 1}]
+    annotations = [{**annotation, **mark, "id": number} for number, mark in enumerate(marks)]
+    read = read_json(tmp_path, document(annotations=annotations), [DETECTION])
+    assert read.notes == (
+        f"2 objects are marked ignore: 1, the first is {tmp_path}/truth.json: annotations[2]: as in pycocotools they "
+        "count as any other; iscrowd: 1 is what lets detections on them count neither way",
+    )
+    assert score_by("coco", read.tables).counts["num_ground_truths"] == 4
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,10 @@ def compare(folder: Path, truth: dict[str, Any], a: Any, b: Any, **options: Any)
     path = folder / "compare.html"
     sides = (Side(HOSTILE, a, 0.5), Side("B", b, 0.25))
     difference = Difference(0.25, 0.5, 0.25, 0.125, 0.375, 1.0, 1000, "better")
-    comparison = Comparison(8, 8, 1000, 0, 0.95, {"coco/AP": difference}, {})
+    classes = {HOSTILE: {"coco/AP50": difference}, "bus": {"coco/AP50": Difference(*[None] * 6, 0, None)}}
+    comparison = Comparison(8, 8, 1000, 0, 0.95, {"coco/AP": difference}, classes)
     options |= {"scored_on": "tiny test", "ignore_rule": "covered-half", "comparison": comparison}
+    options |= {"notes": ["warning: of only 8 images", HOSTILE]}
     write_comparison(path, folder / "images", truth, sides, **options)
     return Page(path.read_text())
 
@@ -156,6 +158,9 @@ def test_two_runs_are_counted_and_shown_where_they_differ_most(tmp_path: Path, t
     page = compare(tmp_path, truth, a, b)
     check_self_contained(page)
     assert "coco/AP 0.250 0.500 +0.250 +0.125 to +0.375 better" in page.text
+    assert f"{HOSTILE}: coco/AP50 0.250 0.500 +0.250 +0.125 to +0.375 better" in page.text
+    assert "bus: coco/AP50" not in page.text
+    assert "would give. warning: of only 8 images" in page.text
     assert re.search(r"found by both 1 only by .*? 2 only by B 1 by neither 5", page.text)
     assert re.search(r"scores from 0.500 0 false positives of B, scores from 0.250 1", page.text)
     assert [label for label in labels(page) if " on " in label] == [

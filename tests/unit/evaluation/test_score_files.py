@@ -113,9 +113,9 @@ def test_sizes_come_from_the_file_or_from_the_pictures(tmp_path: Path) -> None:
 def test_uavdt_frames_become_images_and_its_unread_files_are_data_of_the_protocol(tmp_path: Path) -> None:
     files = read_uavdt(tmp_path, {})
     tables = files.tables
-    assert files.notes == (
-        "1 detections are in frames that have no row of ground truth, and count as false positives: see that both "
-        "number the frames alike",
+    assert files.notes[1:] == (
+        f"1 detections are in frames that have no row of ground truth, the first is {tmp_path}/found/M0209.txt:3, and "
+        "count as false positives: see that both number the frames alike",
     )
     assert tables.file_names == tuple(f"{name}.jpg" for name in (
         "M0209/img000001", "M0209/img000002", "M0209/img000003", "M0209/img000004", "M1004/img000005",
@@ -132,7 +132,7 @@ def test_uavdt_frames_become_images_and_its_unread_files_are_data_of_the_protoco
 def test_detections_without_a_class_are_for_uavdt_alone(tmp_path: Path) -> None:
     files = read_uavdt(tmp_path, {"found/M0209.txt": "3,-1,14,10,20,20,0.75,1,-1\n"})
     assert files.tables.detections.label.tolist() == [NO_CLASS]
-    assert files.notes == ("the detections have no class (column 9 is -1): class-aware numbers are left out",)
+    assert files.notes[1:] == ("the detections have no class (column 9 is -1): class-aware numbers are left out",)
     assert score_by("uavdt", files.tables).metrics == {"uavdt/AP70": pytest.approx(1 / 3)}
     for name in PROTOCOLS:
         if name != "uavdt":
@@ -291,13 +291,13 @@ def test_what_is_no_known_format_is_told(tmp_path: Path) -> None:
 
 
 def test_corners_are_told_without_a_size_too(tmp_path: Path) -> None:
-    rule = "100% of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2; write the width and"
+    rule = "100% of the boxes reach beyond their image as x, y, w, h and fit as x1, y1, x2, y2, the first is "
     # UAVDT says no size: as far as the ground truth reaches.
     wide = {
         "GT/M1004_gt_whole.txt": "5,1,900,400,100,100,1,1,3\n",
         "found/M0209.txt": "3,-1,814,310,850,350,0.75,1,2\n",
     }
-    assert f"found: {rule}" in message(read_uavdt, tmp_path, wide)
+    assert f"found: {rule}found/M0209.txt:1; write x, y, width, height" in message(read_uavdt, tmp_path, wide)
 
 
 def test_the_first_box_that_may_be_corners_is_told_by_its_line(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_the_first_box_that_may_be_corners_is_told_by_its_line(tmp_path: Path) -
 
 def test_ignore_regions_of_no_sequence_are_told(tmp_path: Path) -> None:
     files = {f"GT/M{number}_gt_ignore.txt": "1,1,60,60,40,40,1,-1,-1\n" for number in (1305, 1303, 1004)}
-    assert read_uavdt(tmp_path, files).notes[1:] == (
+    assert read_uavdt(tmp_path, files).notes[2:] == (
         "2 files of ignore regions are not used, their sequences have no *_gt_whole.txt: "
         "M1303_gt_ignore.txt, M1305_gt_ignore.txt",
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ def test_a_page_shows_where_they_differ(finish: Finish, tiny_spec: Callable[...,
     assert some in page
     assert page.count("data:image/jpeg") > 2
     assert "· test</code>" in page
+    assert all(f'<p class="reading">{escape(note)}</p>' in page for note in printed["notes"])
+    assert any(note.startswith("warning: of only 8 images") for note in printed["notes"])
+    assert page.count(": coco/AP50</th>") == sum(
+        row["coco/AP50"]["low"] is not None for row in printed["per_class"].values()
+    )
     found = printed["metrics"]["coco/AP"]
     assert f"<td>{found['difference']:+.3f}</td><td>{found['low']:+.3f} to {found['high']:+.3f}</td>" in page
 

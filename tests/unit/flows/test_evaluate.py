@@ -115,6 +115,30 @@ def test_a_run_s_own_operating_point_is_what_a_split_is_measured_at(
     assert json.loads((tmp_path / "out" / "analysis_test.json").read_text())["chosen_on"] == "val"
 
 
+@pytest.mark.parametrize(
+    ("rules", "is_other_dataset", "told"),
+    [
+        ((), False, None),
+        (("--max-dets", "7"), False, "under the options"),
+        ((NAME,), True, "on the dataset"),
+        ((NAME, "--flip"), True, "on the dataset and under the options"),
+    ],
+)
+def test_thresholds_that_were_chosen_elsewhere_are_told(
+    evaluate: Callable[..., Any], weights: Path, run: RunSpec, tiny: Any, monkeypatch: pytest.MonkeyPatch,
+    rules: tuple[str, ...], is_other_dataset: bool, told: str | None,
+) -> None:  # fmt: skip
+    write_json(weights.with_name("operating_point.json"), {"overall": None, "per_class": {}})
+    if is_other_dataset:
+        card = tiny.card.model_copy(update={"protocol": "voc"})
+        monkeypatch.setattr("flows.find_model.load_card", lambda _: card)
+    code, out, _ = evaluate(run.run_key, *rules, "--no-latency")
+    notes = [line for line in out.splitlines() if "note:" in line]
+    assert code == 0
+    assert notes == ([f"  note: the thresholds of analysis/... were chosen on val, {told} of the model's own run"]
+                     if told else [])  # fmt: skip
+
+
 def test_a_run_scored_again_measures_test_at_the_point_that_val_chose(
     run: RunSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

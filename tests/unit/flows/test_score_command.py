@@ -134,6 +134,27 @@ def test_options_that_make_no_sense_are_refused(
     assert expected in answer.output
 
 
+def test_empty_files_are_read_and_told(files: Path) -> None:
+    for name in ("annotations/b.txt", "detections/b.txt", "detections/c.txt"):
+        (files / name).write_text("")
+    (files / "annotations/c.txt").write_text("10,10,8,8,1,4,0,0\n")
+    told = numbers("voc", files, files / "detections", "--ignore-rule", "covered-half")
+    says = "an empty file says that there is nothing"
+    assert told["notes"] == [
+        f"1 of 3 files of ground truth are empty, the first is {files}/annotations/b.txt: {says}",
+        f"2 of 3 files of detections are empty, the first is {files}/detections/b.txt: {says}",
+    ]
+    for name, text in (("GT/M0101_gt_whole.txt", "1,1,1,1,9,9,1,1,1\n"), ("GT/M0102_gt_whole.txt", "")):
+        (files / "u" / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / "u" / name).write_text(text)
+        (files / "u" / f"{name[3:8]}.txt").write_text(text.replace("9,9,1,1,1", "9,9,0.5,1,1"))
+    told = numbers("uavdt", files / "u", files / "u")
+    assert told["notes"] == [
+        f"1 of 2 files of ground truth are empty, the first is {files}/u/GT/M0102_gt_whole.txt: {says}",
+        f"1 of 2 files of detections are empty, the first is {files}/u/M0102.txt: {says}",
+    ]
+
+
 def test_bad_files_are_an_answer_and_no_fault(files: Path) -> None:
     (files / "detections/a.txt").write_text("1,2,3\n")
     for protocol, truth in (("coco", files), ("coco", files / "absent")):
