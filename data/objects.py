@@ -276,12 +276,9 @@ class S3Objects:
     def _open(self, name: str) -> Any:
         assert self._client is not None
         try:
-            return self._client.get_object(Bucket=self._bucket, Key=f"{self._prefix}/{name[:2]}/{name[2:]}")["Body"]
+            return self._s3.get(self._client, self._bucket, f"{self._prefix}/{name[:2]}/{name[2:]}")["Body"]
         except self._client.exceptions.NoSuchKey:
             raise _missing(self.address(name)) from None
-        except AttributeError as error:
-            # botocore stumbles over the answer to a GET that failed in the server.
-            raise self._s3.ServerFailed(error="the server failed, with an answer that cannot be read") from error
 
     def _unavailable(self, error: Exception) -> SourceUnavailable:
         return SourceUnavailable(f"{self._url}: {self._s3.explain(error, self._client)}")

@@ -6,10 +6,10 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import boto3
 from botocore.config import Config
@@ -47,15 +47,17 @@ class BadEndpoint(BotoCoreError):
     fmt = "{error}"
 
 
-class _Object(NamedTuple):
+class Object(NamedTuple):
+    """An object as it is listed: `name` is its key relative to the prefix."""
+
     key: str
     name: str
     size_bytes: int
     etag: str
 
 
-class _Incomplete(Exception):
-    """A body that is not what was listed; worth another attempt."""
+class Incomplete(Exception):
+    """Bytes that are not those the service says it has; worth another attempt."""
 
 
 def connect(*, attempts: int = _NUM_ATTEMPTS, **options: str) -> Any:
@@ -122,26 +124,31 @@ def download(url: str, target: Path) -> None:
                     job.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-    except (*FAILURES, _Incomplete) as error:
+    except (*FAILURES, Incomplete) as error:
         raise ImportRefused(f"{url!r}: {explain(error, client)}") from error
 
 
-def _listed(client: Any, url: str, bucket: str, prefix: str) -> Iterator[_Object]:
+def _listed(client: Any, url: str, bucket: str, prefix: str) -> Iterator[Object]:
     is_empty = True
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for entry in page.get("Contents", ()):
-            name = entry["Key"].removeprefix(prefix)
-            if not name or name.endswith("/"):  # Markers of folders.
-                continue
-            if not is_safe_name(name):
-                raise ImportRefused(f"{url!r}: the object {entry['Key']!r} would leave its folder. Rename it")
-            is_empty = False
-            yield _Object(entry["Key"], name, entry["Size"], entry["ETag"])
+    for entry in objects_below(client, bucket, prefix):
+        if not is_safe_name(entry.name):
+            raise ImportRefused(f"{url!r}: the object {entry.key!r} would leave its folder. Rename it")
+        is_empty = False
+        yield entry
     if is_empty:
         raise ImportRefused(f"{url!r}: there is no object. {_REMEDY}")
 
 
-def _check_room(url: str, objects: list[_Object], target: Path) -> None:
+def objects_below(client: Any, bucket: str, prefix: str) -> Iterator[Object]:
+    """All objects below a prefix, which ends with a slash or is empty. Raises FAILURES."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", ()):
+            name = entry["Key"].removeprefix(prefix)
+            if name and not name.endswith("/"):  # Markers of folders.
+                yield Object(entry["Key"], name, entry["Size"], entry["ETag"])
+
+
+def _check_room(url: str, objects: list[Object], target: Path) -> None:
     total_bytes, free_bytes = sum(entry.size_bytes for entry in objects), shutil.disk_usage(target).free
     if total_bytes > min(free_bytes, MAX_TOTAL_BYTES) or len(objects) > MAX_FILES:
         what = f"{len(objects)} objects of {total_bytes} bytes"
@@ -149,31 +156,51 @@ def _check_room(url: str, objects: list[_Object], target: Path) -> None:
         raise ImportRefused(f"{url!r}: {rule}. Make room or name a smaller prefix")
 
 
-def _fetch(client: Any, bucket: str, entry: _Object, path: Path) -> None:
+def _fetch(client: Any, bucket: str, entry: Object, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(_NUM_ATTEMPTS):
         try:
-            _fetch_once(client, bucket, entry, path)
+            with path.open("wb") as file:
+                receive(client, bucket, entry.key, file, etag=entry.etag)
             return
-        except (*FAILURES, _Incomplete) as error:
+        except (*FAILURES, Incomplete) as error:
             # boto3 itself tries again only until the body begins.
             if attempt == _NUM_ATTEMPTS - 1 or is_final(error):
                 raise
             time.sleep(0.1 * 2**attempt)
 
 
-def _fetch_once(client: Any, bucket: str, entry: _Object, path: Path) -> None:
-    response = client.get_object(Bucket=bucket, Key=entry.key, IfMatch=entry.etag)
+def receive(client: Any, bucket: str, key: str, sink: BinaryIO, *, etag: str = "") -> None:
+    """Write an object's bytes to the sink, of the version with this ETag if one is given.
+
+    Raises FAILURES; Incomplete when size or MD5 are not what the answer says.
+    """
+    response = get(client, bucket, key, **({"IfMatch": etag} if etag else {}))
     digest, size_bytes = hashlib.md5(usedforsecurity=False), 0
-    with path.open("wb") as file:
-        while chunk := response["Body"].read(_CHUNK_BYTES):
-            size_bytes += len(chunk)
-            digest.update(chunk)
-            file.write(chunk)
-    if size_bytes != entry.size_bytes:
-        raise _Incomplete(f"{entry.key!r} has {entry.size_bytes} bytes, {size_bytes} came")
+    while chunk := response["Body"].read(_CHUNK_BYTES):
+        size_bytes += len(chunk)
+        digest.update(chunk)
+        sink.write(chunk)
+    if size_bytes != response["ContentLength"]:
+        raise Incomplete(f"{key!r} has {response['ContentLength']} bytes, {size_bytes} came")
+    expected = md5_in(response)
+    if expected is not None and expected != digest.hexdigest():
+        raise Incomplete(f"{key!r} has the ETag {response['ETag']}, what came has {digest.hexdigest()}")
+
+
+def get(client: Any, bucket: str, key: str, **conditions: str) -> dict[str, Any]:
+    """The service's answer with an object. Raises FAILURES, among them ServerFailed."""
+    try:
+        answer: dict[str, Any] = client.get_object(Bucket=bucket, Key=key, **conditions)
+    except AttributeError as error:
+        # botocore stumbles over the answer to a GET that failed in the server.
+        raise ServerFailed(error="the server failed, with an answer that cannot be read") from error
+    return answer
+
+
+def md5_in(response: Mapping[str, Any]) -> str | None:
+    """The MD5 of an object's content where the answer to a request for it, or with it, holds that."""
     # With a key of one's own, or in several parts, the ETag is no MD5 of the content.
-    is_md5 = re.fullmatch('"[0-9a-f]{32}"', entry.etag) is not None
+    is_md5 = re.fullmatch('"[0-9a-f]{32}"', response.get("ETag", "")) is not None
     is_md5 &= response.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in response
-    if is_md5 and entry.etag.strip('"') != digest.hexdigest():
-        raise _Incomplete(f"{entry.key!r} has the ETag {entry.etag}, what came has {digest.hexdigest()}")
+    return response["ETag"].strip('"') if is_md5 else None

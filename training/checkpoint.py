@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
-MANIFEST = "manifest.json"
+from data.whole_file import write_whole
+from training.store import MANIFEST, RunStore, StorageDamaged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHECKPOINTS = "checkpoints"
 NUM_CHECKPOINTS_KEPT = 2
 
 
@@ -61,18 +67,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
 
 
-def verify_checkpoint(folder: Path) -> Manifest:
+def verify_checkpoint(folder: Path, run_key: str | None = None) -> Manifest:
     """The manifest, after every file was hashed.
 
     Raises:
-        CorruptCheckpoint: no readable manifest, a file is missing, or its bytes have changed.
+        CorruptCheckpoint: no readable manifest, a file is missing, or its bytes have changed; or it is another run's
+            than `run_key`, if that is given.
     """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise CorruptCheckpoint(
             f"{folder.name}: no complete {MANIFEST}: the checkpoint was cut off; skip it"
         ) from error
+    _require_own(folder.name, manifest, run_key)
     for name, expected in manifest.sha256.items():
         path = folder / name
         if not path.is_file():
@@ -106,6 +114,52 @@ def _step(folder: Path) -> int:
         return -1
 
 
+def newest_valid(store: RunStore, into: Path, say: Callable[[str], None]) -> Path | None:
+    """A folder with the run's furthest checkpoint that is whole, or None if it has none; those skipped are said.
+
+    Checkpoints are the objects below `checkpoints/<name>/`; the last part of the store's address is the run key. They
+    are brought below `into`, one at a time, where the store is no folder itself.
+
+    Raises:
+        StorageUnavailable: the storage does not answer: what it holds is not known.
+    """
+    run_key = store.url.rpartition("/")[2]
+    for name in _furthest_first(store, run_key, say):
+        try:
+            folder = store.download(f"{CHECKPOINTS}/{name}", into / name)
+            verify_checkpoint(folder, run_key)
+        except (CorruptCheckpoint, FileNotFoundError, StorageDamaged) as error:
+            say(f"skipping a checkpoint: {error}")
+            shutil.rmtree(into / name, ignore_errors=True)
+        else:
+            return folder
+    return None
+
+
+def _furthest_first(store: RunStore, run_key: str, say: Callable[[str], None]) -> list[str]:
+    """Names of the run's checkpoints with a manifest; names are not in the order of the steps."""
+    found = []
+    for name in sorted({name.split("/")[1] for name in store.names(CHECKPOINTS) if name.count("/") > 1}):
+        try:
+            manifest = Manifest.model_validate_json(store.read(f"{CHECKPOINTS}/{name}/{MANIFEST}"))
+            _require_own(name, manifest, run_key)
+        except FileNotFoundError:
+            say(f"skipping checkpoint {name}: it has no {MANIFEST}, so its upload did not end")
+        except (ValueError, StorageDamaged) as error:
+            why = (
+                error if isinstance(error, CorruptCheckpoint | StorageDamaged) else f"{MANIFEST} is damaged or cut off"
+            )
+            say(f"skipping checkpoint {name}: {why}")
+        else:
+            found.append((manifest.step, name))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def _require_own(name: str, manifest: Manifest, run_key: str | None) -> None:
+    if run_key not in (None, manifest.run_key):
+        raise CorruptCheckpoint(f"{name} is of run {manifest.run_key}, not of {run_key}; skip this checkpoint")
+
+
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as stream:
@@ -118,7 +172,4 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ValueError: `value` holds NaN or an infinity.
     """
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
