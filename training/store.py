@@ -217,9 +217,7 @@ def files_to_upload(folder: Path, last: str) -> list[Path]:
 
 
 def repeated(call: Callable[[], Answer], passes: Callable[[Exception], bool], num_bytes: int = 0) -> Answer:
-    """What `call` returns, which moves so many bytes; called again, for a bounded time, after an exception that
-    `passes`.
-    """
+    """What `call` returns, which moves so many bytes; called again after an exception that `passes`, see PATIENCE_S."""
     deadline, pause_s = time.monotonic() + PATIENCE_S + num_bytes / SLOWEST_BYTES_PER_S, _FIRST_PAUSE_S
     while True:
         try:
@@ -262,7 +260,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _remove(path: Path) -> None:
     if not path.is_dir():
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
         return
     for manifest in path.rglob(MANIFEST):
         manifest.unlink(missing_ok=True)

@@ -16,18 +16,24 @@ SKEWED = (
     b"and the server's time is too large.</Message></Error>"
 )
 
+# As MinIO says it.
+FULL = (
+    b'<?xml version="1.0"?><Error><Code>XMinioStorageFull</Code><Message>Storage backend has reached its minimum free '
+    b"drive threshold. Please delete a few objects to proceed.</Message></Error>"
+)
+
 
 class FaultProxy:
     """Counts requests by method and path, and the faults that it made.
 
     `failing_share` of all requests are refused with 503, have their connection cut, or lose half of their answer;
-    `is_skewed` refuses all of them for their clock; `delay_s` passes before every answer; `damaged` is how often
-    answers whose path ends so get one byte flipped.
+    `is_skewed` refuses all of them for their clock, `is_full` those that bring something; `delay_s` passes before every
+    answer; `damaged` is how often answers whose path ends so get one byte flipped.
     """
 
     def __init__(self, target_port: int) -> None:
         self.failing_share = 0.0
-        self.is_skewed = False
+        self.is_skewed = self.is_full = False
         self.delay_s = 0.0
         self.damaged: Counter[str] = Counter()
         self.requests: Counter[tuple[str, str]] = Counter()
@@ -74,6 +80,9 @@ class FaultProxy:
         time.sleep(self.delay_s)
         if self.is_skewed:
             _send(request, 403, {"Content-Type": "application/xml"}, SKEWED)
+            return
+        if self.is_full and request.command in {"PUT", "POST"}:
+            _send(request, 507, {"Content-Type": "application/xml"}, FULL)
             return
         if fault == "refuse":
             _send(request, 503, {}, b"")
