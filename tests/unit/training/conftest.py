@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from services.fault_proxy import FaultProxy, fault_proxy
+from unit.training.storage import KINDS, Storage, storage_of
+
+import training.store
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,3 +18,29 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=KINDS)
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    with storage_of(request.param, tmp_path, monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    with storage_of("s3", tmp_path, monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def proxy(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """In front of the S3 server."""
+    with fault_proxy(bucket.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.store, "PATIENCE_S", 1.0)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)

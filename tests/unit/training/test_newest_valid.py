@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from services.fault_proxy import fault_proxy
-from unit.training.storage import KINDS, RUN_KEY, Storage, make_checkpoint, storage_of, tree
+from unit.training.storage import RUN_KEY, Storage, make_checkpoint, tree
 
 from training.checkpoint import MANIFEST, newest_valid
 from training.store import StorageUnavailable
 
 OTHER_RUN = "ba9876543210"
-
-
-@pytest.fixture(params=KINDS)
-def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    with storage_of(request.param, tmp_path, monkeypatch) as made:
-        yield made
 
 
 @pytest.fixture
