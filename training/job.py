@@ -6,12 +6,16 @@ It places the workers and starts them again after failures; all records are thei
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import ray
+from ray.train import TrainingFailedError
 
 from training.launch import build_trainer, causes_told
-from training.records import read_attempt
+from training.meter import PROGRESS_MARK
+from training.records import Attempt, read_attempt
+from training.retry import Failure, GiveUp, classify, decide
 
 
 def main(run_folder: Path, number: int) -> None:
@@ -19,7 +23,28 @@ def main(run_folder: Path, number: int) -> None:
     attempt = read_attempt(run_folder, number)
     with causes_told():
         ray.init(log_to_driver=True, configure_logging=False)
-        build_trainer(attempt, run_folder, accumulation=attempt.spec.training.accumulation).fit()
+        train(attempt, run_folder)
+
+
+def train(attempt: Attempt, run_folder: Path) -> None:
+    """Keep workers at it until they are done. Raises TrainingFailedError as soon as there is no use in going on."""
+    accumulation = attempt.spec.training.accumulation
+    history: list[Failure] = []
+    while True:
+        started = time.monotonic()
+        try:
+            build_trainer(attempt, run_folder, accumulation=accumulation).fit()
+            return
+        except TrainingFailedError as error:
+            history.append(classify(error, time.monotonic() - started))
+            decision = decide(history, attempt.spec)
+            if isinstance(decision, GiveUp):
+                error.add_note(decision.told)
+                raise
+        print(f"{PROGRESS_MARK} {history[-1].cause}", flush=True)
+        print(f"{PROGRESS_MARK} {decision.told}", flush=True)
+        time.sleep(decision.pause_s)
+        accumulation = decision.accumulation
 
 
 if __name__ == "__main__":

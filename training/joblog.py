@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from training.meter import ERROR_MARK, PROGRESS_MARK
 
 POLL_S = 0.3
 NUM_TAIL_LINES = 30
+# After so long without a line the API is asked for a sign of life, and given so long for it.
+QUIET_S = 15.0
+KNOCK_S = 10.0
 
 
 class JobLog:
@@ -22,17 +27,23 @@ class JobLog:
     def __init__(self, client: Any, submission_id: str, on_line: Callable[[str], None]) -> None:
         self._client, self._submission_id, self._on_line = client, submission_id, on_line
         self.num_lines = 0
+        self._heard = time.monotonic()
         self.tail: list[str] = []
         self.causes: list[str] = []
 
     def read(self, finished: Callable[[], bool]) -> None:
-        """Read over one connection until the job ends or `finished`; raises what the connection does when it breaks."""
+        """Read over one connection until the job ends or `finished`; raises what the connection does when it breaks.
+
+        Raises OSError also when nobody is there any more: a machine that lost its power does not close a connection.
+        """
         asyncio.run(self._read(finished))
 
     async def _read(self, finished: Callable[[], bool]) -> None:
         reading = asyncio.create_task(self._stream())
         while not reading.done() and not finished():
             await asyncio.wait([reading], timeout=POLL_S)
+            if time.monotonic() - self._heard > QUIET_S:
+                await self._knock()
         if finished():
             reading.cancel()
         with suppress(asyncio.CancelledError):
@@ -48,7 +59,15 @@ class JobLog:
                     self.num_lines = number
                     self._take(line)
 
+    async def _knock(self) -> None:
+        url = urlsplit(self._client.get_address())
+        port = url.port or (443 if url.scheme == "https" else 80)
+        _, writer = await asyncio.wait_for(asyncio.open_connection(url.hostname, port), KNOCK_S)
+        writer.close()
+        self._heard = time.monotonic()
+
     def _take(self, line: str) -> None:
+        self._heard = time.monotonic()
         self.tail.append(line)
         del self.tail[:-NUM_TAIL_LINES]
         if ERROR_MARK in line and PROGRESS_MARK in line:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from training.joblog import POLL_S, JobLog
 from training.records import Attempt
-from training.spec import RunSpec
+from training.spec import ComputeSpec, RunSpec
 
 PACKAGES = ("models", "data", "evaluation", "training")
 # Modules, and what they make pages of.
@@ -201,8 +201,7 @@ class Jobs:
                 "RAY_DEDUP_LOGS": "0",
                 # Or every printed line comes twice.
                 "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-                # Workers wait for room: a cluster may be busy with other people's work, or have to grow first.
-                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_start_patience_s(spec.compute)),
             }
             | {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
         )
@@ -247,8 +246,9 @@ class Jobs:
         from ray.util.state import list_nodes
 
         room = {"CPU": 0.0, "GPU": 0.0}
-        for node in list_nodes(address=self._jobs_url, filters=[("state", "=", "ALIVE")], limit=10_000):
-            for kind in room:
+        # Not by a filter of Ray's: it takes the dead nodes that it leaves out for an answer cut short, and raises.
+        for node in list_nodes(address=self._jobs_url, limit=10_000):
+            for kind in room if node.state == "ALIVE" else ():
                 room[kind] += (node.resources_total or {}).get(kind, 0.0)
         for job in self._client.list_jobs():
             told = job.metadata or {}
@@ -290,6 +290,14 @@ class Jobs:
             return
         cause = "; ".join(log.causes) or (log.tail or ["it said nothing"])[-1]
         raise CellFailed(f"Ray job {submission_id} ended {status}: {cause}\n" + "\n".join(log.tail))
+
+
+def _start_patience_s(compute: ComputeSpec) -> int:
+    """How long workers wait for room: a cluster may be busy with other people's work, or have to grow first.
+
+    Where fewer would do, only those are waited for that there was room for a moment ago.
+    """
+    return 86_400 if compute.min_workers == compute.max_workers else 60
 
 
 def demand(spec: RunSpec) -> dict[str, float]:

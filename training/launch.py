@@ -1,21 +1,34 @@
-"""The Ray Train job around the loop: placement, and what its processes do on a signal."""
+"""The Ray Train job around the loop: placement, and what is watched while the workers are at it."""
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from training.meter import ERROR_MARK, PROGRESS_MARK
 from training.records import Attempt
+from training.retry import classify, is_node_lost, is_peer_lost, unwrapped
 from training.run import leave_on_sigterm
 from training.spec import ComputeSpec
+from training.system import num_killed_for_memory
 from training.worker import train_worker
+
+# Workers notice at once that another one is gone; that its node is, the cluster says after missed health checks.
+PEER_PATIENCE_S = 30.0
+# For a last checkpoint, before the workers become more or fewer.
+LEAVE_PATIENCE_S = 120.0
+PROBE_S = 30.0
 
 
 def build_trainer(attempt: Attempt, run_folder: Path, *, accumulation: int) -> TorchTrainer:
@@ -25,7 +38,7 @@ def build_trainer(attempt: Attempt, run_folder: Path, *, accumulation: int) -> T
         {"attempt": attempt.model_dump(mode="json"), "run_url": str(run_folder), "accumulation": accumulation},
         attempt.spec.compute,
         run_folder,
-        callbacks=[LeaveOnSigterm()],
+        callbacks=[LeaveOnSigterm(), Overseer()],
     )
 
 
@@ -36,7 +49,10 @@ def on_workers(
     folder: Path,
     **run_config: Any,
 ) -> TorchTrainer:
-    """A Ray Train run of `worker(config)` on every worker, which keeps its state in `folder` on shared storage."""
+    """A Ray Train run of `worker(config)` on every worker, which keeps its state in `folder` on shared storage.
+
+    Whatever ends the workers is raised by its `fit`: see `training.retry`.
+    """
     on_gpu = compute.gpus_per_worker > 0
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
     return TorchTrainer(
@@ -55,11 +71,7 @@ def on_workers(
             name=folder.name,
             storage_path=str(folder.parent),
             # Ray's own defaults for the last two are infinite.
-            failure_config=FailureConfig(
-                max_failures=compute.max_failures,
-                max_preemption_failures=compute.max_failures,
-                controller_failure_limit=compute.max_failures,
-            ),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             **run_config,
         ),
     )
@@ -73,17 +85,72 @@ class LeaveOnSigterm(WorkerCallback):
         leave_on_sigterm()
 
 
+class Overseer(WorkerGroupCallback, ControllerCallback):
+    """In the controller: says where the workers are, finds out why one died, and lets them leave in order."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._killed_for_memory: list[int] = []
+        self._peer_lost_since: float | None = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Say where they are."""
+        self._group, self._peer_lost_since = worker_group, None
+        self._killed_for_memory = worker_group.execute(num_killed_for_memory)
+        ips = [worker.metadata.node_ip for worker in worker_group.get_workers()]
+        where = ", ".join(f"{ips.count(ip)} on {ip}" for ip in dict.fromkeys(ips))
+        print(f"{PROGRESS_MARK} workers: {where}", flush=True)
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """There are none now."""
+        del worker_group_context
+        self._group = None
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Keep errors back that only tell of another worker's end, until that one's own is known or time is up."""
+        errors = {rank: unwrapped(error) for rank, error in worker_group_status.errors.items()}
+        statuses = worker_group_status.worker_statuses
+        if all(is_peer_lost(error) for error in errors.values()):
+            self._peer_lost_since = (self._peer_lost_since or time.monotonic()) if errors else None
+            if self._peer_lost_since and time.monotonic() - self._peer_lost_since < PEER_PATIENCE_S:
+                for rank in errors:
+                    statuses[rank].error, statuses[rank].running = None, True
+        for rank, error in errors.items():
+            if isinstance(error, ActorDiedError) and not is_node_lost(error) and self._was_killed_for_memory(rank):
+                where = self._group.get_workers()[rank].metadata.node_ip
+                statuses[rank].error = OutOfMemoryError(f"killed by the kernel of {where}, which had no memory left")
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Have the workers keep a checkpoint and end before they become more or fewer."""
+        if self._group is None:
+            return
+        print(f"{PROGRESS_MARK} going on with {resize_decision.num_workers} workers", flush=True)
+        deadline = time.monotonic() + LEAVE_PATIENCE_S
+        # Without all of them alive there is nothing to wait for.
+        with suppress(RayError):
+            self._group.execute(signal.raise_signal, signal.SIGTERM)
+            while not self._group.poll_status(timeout=1.0).finished and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def _was_killed_for_memory(self, rank: int) -> bool:
+        node_id = self._group.get_workers()[rank].metadata.node_id
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        probe = ray.remote(num_killed_for_memory).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        try:
+            return bool(ray.get(probe.remote(), timeout=PROBE_S) > self._killed_for_memory[rank])
+        except RayError:
+            return False
+
+
 @contextmanager
 def causes_told() -> Iterator[None]:
-    """Print what goes wrong inside in lines that whoever follows the job takes for the cause, worker by worker."""
+    """Print what goes wrong inside in a line that whoever follows the job takes for the cause, with what was noted."""
     try:
         yield
-    except WorkerGroupError as error:
-        for rank, cause in sorted(error.worker_failures.items()):
-            lines = str(cause).strip().splitlines() or [repr(cause)]
-            print(f"{PROGRESS_MARK} {ERROR_MARK} worker {rank}: {lines[-1]}", flush=True)
-        raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        print(f"{PROGRESS_MARK} {ERROR_MARK} {type(error).__name__}: {lines[-1]}", flush=True)
+        is_training = isinstance(error, TrainingFailedError)
+        cause = classify(error).cause if is_training else f"{type(error).__name__}: {lines[-1]}"
+        notes = getattr(error, "__notes__", ())
+        print(f"{PROGRESS_MARK} {ERROR_MARK} {'; '.join([cause, *notes])}", flush=True)
         raise

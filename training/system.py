@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
+from pathlib import Path
+
 import psutil
+
+# Of this container where there is one, else of the machine.
+_KILL_COUNTERS = (
+    "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat",
+)  # fmt: skip
 
 
 class SystemMeter:
@@ -35,3 +44,12 @@ def _gpus() -> dict[str, float]:
         readings[f"system/gpu{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         readings[f"system/gpu{index}_memory_gib"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
     return readings
+
+
+def num_killed_for_memory() -> int:
+    """How many processes the kernel has killed here because memory ran out; 0 where it does not say."""
+    for path in _KILL_COUNTERS:
+        with suppress(OSError):
+            if found := re.search(r"^oom_kill (\d+)$", Path(path).read_text(), re.MULTILINE):
+                return int(found[1])
+    return 0
