@@ -5,7 +5,10 @@ It places the workers and starts them again after failures; all records are thei
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +19,11 @@ from training.launch import build_trainer, causes_told
 from training.meter import PROGRESS_MARK
 from training.records import Attempt, read_attempt
 from training.retry import Failure, GiveUp, classify, decide
+from training.run import stop_name
+from training.store import RunStore, open_store
+
+# A little less than what `training.jobs` has Ray wait before it kills.
+STOP_PATIENCE_S = 12.0
 
 
 def main(run_folder: Path, number: int) -> None:
@@ -23,7 +31,23 @@ def main(run_folder: Path, number: int) -> None:
     attempt = read_attempt(run_folder, number)
     with causes_told():
         ray.init(log_to_driver=True, configure_logging=False)
+        stop_on_sigterm(open_store(str(run_folder)), number)
         train(attempt, run_folder)
+
+
+def stop_on_sigterm(store: RunStore, number: int) -> None:
+    """From now on SIGTERM, which ends a Ray job, asks the workers to keep a checkpoint and end, and then ends this."""
+
+    def ask(*_: object) -> None:
+        print(f"{PROGRESS_MARK} asked to stop", flush=True)
+        # Without workers, or where they take too long, nobody else ends this.
+        ending = threading.Timer(STOP_PATIENCE_S, os._exit, (128 + signal.SIGTERM,))
+        ending.daemon = True
+        ending.start()
+        store.write(stop_name(number), b"")
+
+    # Ray has set one that exits at once.
+    signal.signal(signal.SIGTERM, ask)
 
 
 def train(attempt: Attempt, run_folder: Path) -> None:

@@ -32,7 +32,9 @@ ALLOCATOR = (
     "glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
 )
 AGENT_PATIENCE_S = 60.0
-STOP_PATIENCE_S = 20.0
+# A job that is stopped keeps a checkpoint first; then Ray kills it.
+KILL_AFTER_S = 15
+STOP_PATIENCE_S = 30.0
 CONTACT_PATIENCE_S = 60.0
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 
@@ -87,6 +89,7 @@ def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Clu
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Nobody preempts one's own machine; watching for it costs a process at the start.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(KILL_AFTER_S))
     # Ray would let workers yield to everything else: on a shared machine training then takes twice as long.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # When this process is killed, its jobs' drivers would wait a minute for the cluster to come back.
