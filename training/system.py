@@ -8,10 +8,8 @@ from pathlib import Path
 
 import psutil
 
-# Of this container where there is one, else of the machine.
-_KILL_COUNTERS = (
-    "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat",
-)  # fmt: skip
+# Of this container, by the version of control groups, and of the machine.
+_KILL_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat")
 
 
 class SystemMeter:
@@ -47,9 +45,13 @@ def _gpus() -> dict[str, float]:
 
 
 def num_killed_for_memory() -> int:
-    """How many processes the kernel has killed here because memory ran out; 0 where it does not say."""
+    """A count that grows when the kernel kills a process here because memory ran out; 0 where it does not say.
+
+    The counters overlap, and a group's own may leave out what happens in groups below it: only growth means anything.
+    """
+    total = 0
     for path in _KILL_COUNTERS:
         with suppress(OSError):
-            if found := re.search(r"^oom_kill (\d+)$", Path(path).read_text(), re.MULTILINE):
-                return int(found[1])
-    return 0
+            found = re.search(r"^oom_kill (\d+)$", Path(path).read_text(), re.MULTILINE)
+            total += int(found[1]) if found else 0
+    return total

@@ -1,0 +1,256 @@
+"""What may happen to the workers of a real Ray job on one machine, and what it costs: no epoch is lost."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+from chaos.processes import MARK, left_after, marked, new_mark, wait_until
+
+from training.checkpoint import CHECKPOINTS, newest_first, verify_checkpoint
+from training.jobs import CellFailed, Jobs, code_snapshot, embedded_cluster
+from training.records import read_journal, read_result, record_attempt
+from training.spec import ComputeSpec, RunSpec
+
+ROOT = Path(__file__).parents[2]
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+MakeSpec = Callable[..., RunSpec]
+# Joined to the worker's own code: `config` is what the worker is told.
+SHIM = """
+
+_train_worker = train_worker
+
+
+def train_worker(config):
+    from pathlib import Path
+    import os, threading
+    marker = Path({marker!r})
+{body}
+    _train_worker(config)
+"""
+SLOW = """
+import time, training.loop
+real = training.loop.to_device
+def slowly(*arguments):
+    time.sleep(0.7)
+    return real(*arguments)
+training.loop.to_device = slowly
+"""
+HANGING = """
+import torch.distributed as dist, training.loop
+real, count = training.loop.to_device, [0]
+def waiting_for_nothing():
+    threading.Event().wait()
+def hanging(*arguments):
+    count[0] += 1
+    if dist.get_rank() == 1 and count[0] == 8 and not marker.exists():
+        marker.touch()
+        waiting_for_nothing()
+    return real(*arguments)
+training.loop.to_device = hanging
+"""
+GREEDY = """
+import training.loop
+Path({group!r}).write_text(str(os.getpid()))
+real = training.loop.to_device
+def greedy(*arguments):
+    if config["accumulation"] == 1:
+        held = bytearray(3 * 2**30)
+        held[::4096] = b"x" * len(held[::4096])
+    return real(*arguments)
+training.loop.to_device = greedy
+"""
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@dataclass
+class Cell:
+    """One submitted attempt, followed by a thread."""
+
+    jobs: Jobs
+    submission_id: str
+    folder: Path
+    lines: list[str] = field(default_factory=list)
+    failed: CellFailed | None = None
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        try:
+            self.jobs.follow(self.submission_id, self.lines.append)
+        except CellFailed as error:
+            self.failed = error
+
+    def join(self) -> str:
+        """Wait for its end; returns what it said."""
+        self._thread.join(200)
+        assert not self._thread.is_alive(), "\n".join(self.lines)
+        return "\n".join(self.lines)
+
+
+@dataclass
+class Service:
+    """An embedded cluster; `start` submits the next attempt of a run, with a fault in its workers' code if given."""
+
+    jobs: Jobs
+    home: Path
+    mark: str
+    source: str
+
+    def start(self, spec: RunSpec, fault: str = "", *, runs: Path | None = None) -> Cell:
+        folder = (runs or self.home / "runs") / spec.run_key
+        attempt = record_attempt(folder, spec, data_source=self.source, code_hash="c" * 12)
+        with code_snapshot(ROOT) as code:
+            if fault:
+                worker = code / "training" / "worker.py"
+                body = "\n".join(f"    {line}" for line in fault.splitlines())
+                marker = str(self.home / f"fault-{spec.run_key}")
+                worker.write_text(worker.read_text() + SHIM.format(marker=marker, body=body))
+            return Cell(self.jobs, self.jobs.submit(attempt, folder, code), folder)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        return marked(self.mark, "RayTrainWorker")
+
+
+@pytest.fixture(scope="module")
+def service(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home, mark = tmp_path_factory.mktemp("home"), new_mark()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(MARK, mark)
+        environment.setenv("SPECK_STORE", str(home / "store"))
+        with embedded_cluster(home, num_cpus=2) as cluster:
+            yield Service(Jobs(cluster), home, mark, tiny.source)
+    assert left_after(mark, 30) == [], "processes that outlived the cluster"
+
+
+def two_workers(**changes: Any) -> ComputeSpec:
+    return ComputeSpec(**{"workers": 2, "max_failures": 0} | changes)
+
+
+def assert_whole(cell: Cell, epochs: int, steps_per_epoch: int = 12) -> None:
+    """The run is done, and every epoch is in the journal once."""
+    output = cell.join()
+    assert cell.failed is None, cell.failed
+    assert read_result(cell.folder) is not None, output
+    expected = [(epoch, epoch * steps_per_epoch) for epoch in range(1, epochs + 1)]
+    assert [(entry.epoch, entry.step) for entry in read_journal(cell.folder)] == expected
+
+
+def wait_for_progress(cell: Cell) -> None:
+    wait_until(lambda: any("step " in line and "ETA" in line for line in cell.lines) or cell.failed, 120, "no step")
+
+
+def test_a_stopped_job_goes_on_within_its_epoch(service: Service, tiny_spec: MakeSpec) -> None:
+    """Steps that take long, so that the stop comes within an epoch."""
+    spec = tiny_spec(epochs=2, batch_size=2, seed=11, compute=two_workers())
+    cell = service.start(spec, SLOW)
+    wait_for_progress(cell)
+    service.jobs.stop(cell.submission_id)
+    assert "asked to stop" in cell.join()
+    assert read_result(cell.folder) is None
+    manifest = verify_checkpoint(next(newest_first(cell.folder)), spec.run_key)
+    assert manifest.step % 12 != 0, "a checkpoint within an epoch"
+    again = service.start(spec)
+    assert_whole(again, 2)
+    assert f"resuming from {manifest.step:09d}" in "\n".join(again.lines)
+    first = min(int(line.partition("step ")[2].partition("/")[0]) for line in again.lines if "ETA" in line)
+    assert first > manifest.step
+
+
+def test_a_worker_that_has_to_leave_costs_no_step_and_is_no_failure(service: Service, tiny_spec: MakeSpec) -> None:
+    spec = tiny_spec(epochs=3, batch_size=2, seed=12, compute=two_workers())
+    cell = service.start(spec)
+    wait_until(lambda: list(newest_first(cell.folder)) or cell.failed, 120, "no checkpoint")
+    service.workers()[-1].terminate()
+    assert_whole(cell, 3)
+    told = "\n".join(cell.lines)
+    assert "starting again (1 of 50)" in told
+    left_at = int(re.findall(r"has to leave at step (\d+)", told)[0])
+    assert f"resuming from {left_at:09d}" in told
+
+
+def test_a_worker_that_hangs_says_where_and_is_started_again(service: Service, tiny_spec: MakeSpec) -> None:
+    spec = tiny_spec(epochs=2, seed=13, compute=two_workers(max_failures=1, hang_timeout_s=15))
+    cell = service.start(spec, HANGING)
+    assert_whole(cell, 2, steps_per_epoch=6)
+    told = "\n".join(cell.lines)
+    assert "error: worker 1 made no progress for 15 s" in told
+    assert "in waiting_for_nothing" in told
+    assert "starting again after a failure (1 of 1)" in told
+
+
+@contextmanager
+def memory_group(limit_bytes: int) -> Iterator[Path]:
+    """A control group whose processes the kernel kills when they use more memory."""
+    folder = MEMORY_GROUPS / f"speck-{uuid4().hex[:8]}"
+    try:
+        folder.mkdir()
+        (folder / "memory.limit_in_bytes").write_text(str(limit_bytes))
+        # Or the kernel would swap instead, where there is swap.
+        with suppress(OSError):
+            (folder / "memory.memsw.limit_in_bytes").write_text(str(limit_bytes))
+    except OSError as error:
+        pytest.skip(f"needs a memory control group (version 1) that may be written: {error}")
+    try:
+        yield folder
+    finally:
+        wait_until(lambda: not (folder / "cgroup.procs").read_text().split(), 60, "a process outlived its cell")
+        folder.rmdir()
+
+
+def test_a_worker_killed_for_its_memory_gets_less_at_a_time(service: Service, tiny_spec: MakeSpec) -> None:
+    spec = tiny_spec(epochs=2, batch_size=8, seed=14, compute=two_workers())
+    with memory_group(2 * 2**30) as group:
+        cell = service.start(spec, GREEDY.format(group=str(group / "cgroup.procs")))
+        assert_whole(cell, 2, steps_per_epoch=3)
+    told = "\n".join(cell.lines)
+    assert "no memory left" in told
+    assert "each worker's share of a batch in 2 parts: the same batch, but batch normalisation sees less" in told
+    assert [entry.metrics["train/accumulation"] for entry in read_journal(cell.folder)] == [2, 2]
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
+    service: Service, tiny_spec: MakeSpec, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a small disk: {mounted.stderr.decode().strip()}")
+    try:
+        runs = disk / "runs"
+        spec = tiny_spec(epochs=6, seed=15, batch_size=8, compute=two_workers())
+        cell = service.start(spec, runs=runs)
+        wait_until(lambda: list(newest_first(cell.folder)) or cell.failed, 120, "no checkpoint")
+        filler = disk / "filler"
+        with suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
+        cell.join()
+        assert cell.failed is not None
+        assert "No space left on device" in str(cell.failed)
+        assert "Free some space" in str(cell.failed)
+        whole = [verify_checkpoint(folder, spec.run_key).step for folder in newest_first(cell.folder)]
+        assert whole, f"nothing whole in {list((cell.folder / CHECKPOINTS).iterdir())}"
+        assert read_result(cell.folder) is None
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        again = service.start(spec, runs=runs)
+        assert_whole(again, 6, steps_per_epoch=3)
+        assert f"resuming from {whole[0]:09d}" in "\n".join(again.lines)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
