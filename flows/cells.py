@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from flows.evaluate import score_again
 from flows.lease import Lease, LeaseLost, lease
+from flows.mirror import Mirror
 from flows.plan import OnCodeChange, PlannedCell, folder_bytes, plan_cell
 from flows.record import Recorder, provenance
 from flows.settings import REPO, Settings
@@ -18,12 +19,13 @@ from training.records import (
     RESULT,
     JournalEntry,
     RunResult,
+    attempt_name,
     read_attempt,
     read_journal,
     read_result,
     record_attempt,
-    supersede,
 )
+from training.store import StorageUnavailable
 
 RECORD_EVERY_S = 5.0
 
@@ -63,6 +65,7 @@ class CellRunner:
             CellFailed: the job ended without a result. What it had reached stays for the next attempt.
             Cancelled: `stop` was set; the cell's job is stopped.
             LeaseLost: another flow took the cell over.
+            StorageUnavailable: the storage on S3 does not answer before the job, or after it.
         """
         spec, storage = cell.spec, self.settings.storage
         run_folder = storage / spec.run_key
@@ -79,6 +82,7 @@ class CellRunner:
             if cell.state == "score":
                 self.say(f"scoring again: {cell.why}")
                 result = score_again(result, spec, self.settings)
+                Mirror(self.settings, spec.run_key).push("artifacts", RESULT)
             self.recorder.begin(read_attempt(run_folder, result.attempts), run_folder)
             self.recorder.finish(run_folder, result)
         seconds = {} if wall_s is None else _breakdown(read_journal(run_folder), result, wall_s)
@@ -89,18 +93,20 @@ class CellRunner:
         """Follow the cell's Ray job to its end, a living one or a new one, and return how long that took."""
         self._check_stop()
         spec, jobs, started = cell.spec, self.jobs(), time.monotonic()
-        run_folder = self.settings.storage / spec.run_key
+        mirror = Mirror(self.settings, spec.run_key)
+        run_folder = mirror.folder
         submission_id = jobs.living(spec.run_key)
         if cell.superseding:
             if submission_id is not None:
                 self.say(f"stopping Ray job {submission_id}, which trains by other code")
                 jobs.stop(submission_id)
                 submission_id = None
-            self.say(f"the training by other code is kept in {supersede(run_folder)}")
+            self.say(f"the training by other code is kept in {mirror.put_aside()}")
         run_folder.mkdir(parents=True, exist_ok=True)
         if submission_id is None:
             # A damaged result, or none: from here on the run counts as unfinished.
-            (run_folder / RESULT).unlink(missing_ok=True)
+            mirror.delete(RESULT)
+            mirror.pull_numbers()
             attempt = record_attempt(
                 run_folder,
                 spec,
@@ -108,14 +114,17 @@ class CellRunner:
                 code_hash=cell.code_hash,
                 provenance=provenance(),
             )
+            if spec.training.warm_start is not None:
+                mirror.push_warm_start(spec.training.warm_start)
+            mirror.push(attempt_name(attempt.number))
             with code_snapshot(REPO) as code:
-                submission_id = jobs.submit(attempt, run_folder, code)
+                submission_id = jobs.submit(attempt, mirror.url, code)
         else:
             attempt = read_attempt(run_folder, int(submission_id.rpartition("-")[2]))
             self.say(f"attaching to Ray job {submission_id}")
         self.recorder.begin(attempt, run_folder)
         try:
-            self._follow(jobs, submission_id, cell, held)
+            self._follow(jobs, submission_id, mirror, cell, held)
         except LeaseLost:
             # The run is another flow's now, and so is its record. That flow attaches to the job where it can reach it.
             if jobs.embedded:
@@ -128,13 +137,18 @@ class CellRunner:
             raise
         return time.monotonic() - started
 
-    def _follow(self, jobs: Jobs, submission_id: str, cell: PlannedCell, held: Lease) -> None:
-        run_folder = self.settings.storage / cell.spec.run_key
+    def _follow(self, jobs: Jobs, submission_id: str, mirror: Mirror, cell: PlannedCell, held: Lease) -> None:
+        run_folder = mirror.folder
         told = {entry.step for entry in read_journal(run_folder)}
         recorded = time.monotonic()
 
         def record() -> None:
             nonlocal recorded
+            try:
+                mirror.pull()
+            except StorageUnavailable as error:
+                # The job may well go on without us.
+                self.say(f"no news of the run: {error}")
             self.recorder.sync(run_folder)
             for entry in read_journal(run_folder):
                 if entry.step not in told:

@@ -19,6 +19,7 @@ from data.unneeded import current_versions, killed_imports, remove_leftover, unn
 from data.versioning import one_writer
 from flows.evaluate import SCRATCH
 from flows.lease import EXPIRES_AFTER_S
+from flows.mirror import Mirror
 from flows.settings import Settings
 from tracking.client import connect, database
 from tracking.registry import all_versions
@@ -43,7 +44,7 @@ class UnreadableRecord(RuntimeError):
 class Garbage:
     """Something nobody needs. `free` deletes it and says whether it did; what is in use meanwhile stays.
 
-    `is_only_copy`: a dataset version that no remote is known to have.
+    `is_only_copy`: a dataset version that no remote is known to have. `remote_bytes` lie on S3.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Garbage:
     paths: tuple[Path, ...]
     free: Callable[[], bool] = field(compare=False)
     is_only_copy: bool = False
+    remote_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def find_garbage(settings: Settings, repo: Path, store: Path) -> list[Garbage]:
         TrackingUnavailable: the registry cannot be asked.
         UnreadableRecord: a run does not say what it needs.
         VersioningFailed: dvc.lock is damaged.
+        StorageUnavailable: the storage of runs on S3 does not answer.
     """
     needs = _needs(settings, repo)
     found = [*_store(store, needs.versions), *_cache(repo, needs.versions), *_runs(settings, needs)]
@@ -112,7 +115,7 @@ def by_kind(garbage: Iterable[Garbage]) -> dict[str, Freed]:
     links: dict[tuple[int, int], int] = {}
     for one in garbage:
         names.setdefault(one.kind, []).append(one.name)
-        sizes.setdefault(one.kind, 0)
+        sizes[one.kind] = sizes.get(one.kind, 0) + one.remote_bytes
         for path in _files(one.paths):
             with suppress(FileNotFoundError):
                 status = path.lstat()
@@ -179,13 +182,22 @@ def _runs(settings: Settings, needs: _Needs) -> Iterator[Garbage]:
             continue  # It is made again from its last checkpoint.
         folders = sorted((run_folder / CHECKPOINTS).glob("*"))
         if result is not None and folders:
-            yield _together("checkpoints of a finished run", run_folder.name, folders)
+            found = _together("checkpoints of a finished run", run_folder.name, folders)
+            yield found if settings.storage_url is None else _on_s3(found, Mirror(settings, run_folder.name))
     for folder in sorted((settings.home / "superseded").glob("*/*")):
         rest = [path for path in sorted(folder.iterdir()) if path.name != "attempts"]
         if rest and folder.name not in needs.trainings:
             yield _together("superseded run", folder.name, rest)
     for path in sorted([*settings.storage.glob("*/artifacts.partial"), *settings.storage.glob(f"{SCRATCH}*")]):
         yield _tree("leftover of a killed run", path)
+
+
+def _on_s3(found: Garbage, mirror: Mirror) -> Garbage:
+    def delete() -> bool:
+        mirror.delete(CHECKPOINTS)
+        return True
+
+    return replace(found, free=delete, remote_bytes=mirror.size_bytes(CHECKPOINTS))
 
 
 def _tree(kind: str, path: Path) -> Garbage:

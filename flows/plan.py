@@ -12,8 +12,15 @@ from typing import Any, Literal
 import models
 from data.summary import summarise
 from evaluation.result import score_key
+from flows.mirror import Mirror
 from flows.settings import REPO, Settings
-from training.checkpoint import NUM_CHECKPOINTS_KEPT, CorruptCheckpoint, newest_first, verify_checkpoint
+from training.checkpoint import (
+    NUM_CHECKPOINTS_KEPT,
+    CorruptCheckpoint,
+    newest_first,
+    read_manifest,
+    verify_checkpoint,
+)
 from training.code import training_code_hash
 from training.probe import Probe, probe
 from training.records import CorruptResult, JournalEntry, RunResult, latest_code_hash, read_journal, read_result
@@ -81,19 +88,21 @@ def _warm_share(spec: RunSpec, settings: Settings) -> float | None:
 
 
 def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = "warn") -> PlannedCell:
-    """Decide from what lies in storage whether a cell is done, half done or new."""
-    run_folder = settings.storage / spec.run_key
+    """Decide from what lies in storage whether a cell is done, half done or new. Raises StorageUnavailable."""
+    run_folder, mirror = settings.storage / spec.run_key, Mirror(settings, spec.run_key)
+    mirror.pull()
     code_hash = training_code_hash(REPO, models.ARCHITECTURES[spec.architecture.name].build.__module__)
     damaged = ""
     try:
-        result = read_result(run_folder)
+        result = _read_result(mirror)
     except CorruptResult as error:
         result, damaged = None, f"its result is damaged: {str(error).splitlines()[0]}"
     if result is not None:
         return _plan_finished(spec, result, code_hash, on_code_change)
     for folder in newest_first(run_folder):
         try:
-            manifest = verify_checkpoint(folder)
+            # On S3, the worker that goes on from it will see whether it is whole.
+            manifest = verify_checkpoint(folder) if settings.storage_url is None else read_manifest(folder)
         except CorruptCheckpoint:
             continue
         why = damaged or f"stopped after epoch {manifest.epoch} of {spec.training.epochs}"
@@ -104,6 +113,15 @@ def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = 
                 return PlannedCell(spec, "train", why, code_hash, superseding=True)
         return PlannedCell(spec, "resume", why, code_hash, epochs_done=manifest.epoch)
     return PlannedCell(spec, "train", damaged or "nothing was trained with this configuration and data", code_hash)
+
+
+def _read_result(mirror: Mirror) -> RunResult | None:
+    try:
+        return read_result(mirror.folder)
+    except CorruptResult:
+        # Perhaps only here.
+        mirror.pull(afresh=True)
+        return read_result(mirror.folder)
 
 
 def _plan_finished(spec: RunSpec, result: RunResult, code_hash: str, on_code_change: OnCodeChange) -> PlannedCell:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from training.store import is_s3
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -18,15 +21,18 @@ class Settings(BaseSettings):
 
     `RAY_ADDRESS`: that cluster's own address, where its machine runs several: Ray would take the latest.
 
-    `SPECK_DATA_SOURCE`: DVC storage that the nodes fetch dataset versions from.
+    `SPECK_STORAGE`: `s3://bucket/prefix` where the cluster keeps runs; unset means the folder `runs` of the home, which
+    all its nodes see. `SPECK_DATA_SOURCE`: DVC storage that the nodes fetch dataset versions from.
     `MLFLOW_TRACKING_URI`: a tracking server; unset means SQLite and a folder under the home.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SPECK_", frozen=True)
+    # An address may hold a password, which an error must not show.
+    model_config = SettingsConfigDict(env_prefix="SPECK_", frozen=True, hide_input_in_errors=True)
 
     home: Path = REPO / ".speck"
     ray_jobs_url: str | None = None
     ray_address: str = Field("auto", validation_alias="RAY_ADDRESS")
+    storage_url: str | None = Field(None, validation_alias="SPECK_STORAGE")
     data_source: str = str(REPO / ".dvc" / "cache")
     mlflow_tracking_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
 
@@ -41,9 +47,17 @@ class Settings(BaseSettings):
     def _absolute_unless_url(cls, source: str) -> str:
         return source if "://" in source else str(Path(source).expanduser().absolute())
 
+    @field_validator("storage_url", mode="after")
+    @classmethod
+    def _on_s3(cls, url: str | None) -> str | None:
+        if url is not None and not is_s3(url):
+            shown = re.sub("//.*@", "//", url)
+            raise ValueError(f"SPECK_STORAGE={shown!r} must be s3://bucket/prefix; for a shared folder set SPECK_HOME")
+        return None if url is None else url.rstrip("/")
+
     @property
     def storage(self) -> Path:
-        """Where runs keep checkpoints, journals and results."""
+        """Where runs keep checkpoints, journals and results; with a `storage_url`, this machine's copies of those."""
         return self.home / "runs"
 
     @property

@@ -76,16 +76,9 @@ def verify_checkpoint(folder: Path, run_key: str | None = None) -> Manifest:
     """The manifest, after every file was hashed.
 
     Raises:
-        CorruptCheckpoint: no readable manifest, a file is missing, or its bytes have changed; or it is another run's
-            than `run_key`, if that is given.
+        CorruptCheckpoint: see `read_manifest`; or a file is missing, or its bytes have changed.
     """
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise CorruptCheckpoint(
-            f"{folder.name}: no complete {MANIFEST}: the checkpoint was cut off; skip it"
-        ) from error
-    _require_own(folder.name, manifest, run_key)
+    manifest = read_manifest(folder, run_key)
     for name, expected in manifest.sha256.items():
         path = folder / name
         if not path.is_file():
@@ -94,6 +87,22 @@ def verify_checkpoint(folder: Path, run_key: str | None = None) -> Manifest:
             raise CorruptCheckpoint(
                 f"{folder.name}/{name} differs from its sha256 in the manifest; skip this checkpoint"
             )
+    return manifest
+
+
+def read_manifest(folder: Path, run_key: str | None = None) -> Manifest:
+    """What a checkpoint says that it is.
+
+    Raises:
+        CorruptCheckpoint: there is no readable manifest, or it is another run's than `run_key`, if that is given.
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise CorruptCheckpoint(
+            f"{folder.name}: no complete {MANIFEST}: the checkpoint was cut off; skip it"
+        ) from error
+    _require_own(folder.name, manifest, run_key)
     return manifest
 
 

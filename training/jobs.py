@@ -175,9 +175,9 @@ class Jobs:
                 return name
         return None
 
-    def submit(self, attempt: Attempt, run_folder: Path, code_folder: Path) -> str:
-        """Submit an attempt to train; see `start`."""
-        arguments = ("training.job", str(run_folder), str(attempt.number))
+    def submit(self, attempt: Attempt, run: Path | str, code_folder: Path) -> str:
+        """Submit an attempt to train; `run` is the folder or address of its records. See `start`."""
+        arguments = ("training.job", str(run), str(attempt.number))
         return self.start(attempt.submission_id, arguments, attempt.spec, code_folder)
 
     def start(self, submission_id: str, module: Sequence[str], spec: RunSpec, code_folder: Path) -> str:

@@ -28,6 +28,7 @@ from training.store import (
     StorageDamaged,
     StorageFull,
     StorageUnavailable,
+    Stored,
     files_to_upload,
     missing,
     repeated,
@@ -55,9 +56,8 @@ _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "EntityQuo
 class S3Store:
     """Records below `s3://bucket/prefix`; see `open_store`."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._client: Any = None
+    def __init__(self, url: str, client: Any = None) -> None:
+        self.url, self._client = url, client
         self._bucket, _, prefix = url.removeprefix(s3.SCHEME).partition("/")
         self._prefix = f"{prefix}/"
         self._transfer = TransferConfig(
@@ -66,10 +66,15 @@ class S3Store:
             max_concurrency=_NUM_THREADS,
             preferred_transfer_client="classic",
         )
-        try:
-            self._client = s3.connect()
-        except s3.FAILURES as error:
-            raise self._unavailable("", error) from error
+        if client is None:
+            try:
+                self._client = s3.connect()
+            except s3.FAILURES as error:
+                raise self._unavailable("", error) from error
+
+    def below(self, name: str) -> S3Store:
+        """The records below `name/`, by the same client."""
+        return S3Store(f"{self.url}/{require_name(name)}", self._client)
 
     def read(self, name: str) -> bytes:
         """See `RunStore`."""
@@ -102,7 +107,13 @@ class S3Store:
 
     def names(self, prefix: str = "") -> list[str]:
         """See `RunStore`."""
-        return sorted(entry.key.removeprefix(self._prefix) for entry in self._below(prefix))
+        return sorted(self.listing(prefix))
+
+    def listing(self, prefix: str = "") -> dict[str, Stored]:
+        """See `RunStore`."""
+        return {
+            entry.key.removeprefix(self._prefix): Stored(entry.size_bytes, entry.etag) for entry in self._below(prefix)
+        }
 
     def upload(self, folder: Path, name: str, *, last: str) -> None:
         """See `RunStore`."""

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from data.label_files import is_safe_name
 from data.whole_file import whole_file, write_whole
@@ -55,6 +55,13 @@ class UnsupportedStorage(ValueError):
     """No address of a storage."""
 
 
+class Stored(NamedTuple):
+    """How large an object is, and a mark that another content does not have."""
+
+    size_bytes: int
+    mark: str
+
+
 class RunStore(Protocol):
     """One run's records: objects by name relative to the run, such as `journal/001-000000012.json`.
 
@@ -75,9 +82,13 @@ class RunStore(Protocol):
     def names(self, prefix: str = "") -> list[str]:
         """Names of all objects below `prefix/`, sorted; of what is half written nothing."""
 
+    def listing(self, prefix: str = "") -> dict[str, Stored]:
+        """What lies below `prefix/`, by name."""
+
     def upload(self, folder: Path, name: str, *, last: str) -> None:
         """Put every file of a folder at `name/`, in the place of what was there; the file `last` after all others.
 
+        Hidden files, which begin with a dot, stay behind.
         Where that one is there, all are, and on the disk. Of an upload without room nothing stays.
         """
 
@@ -98,7 +109,7 @@ def open_store(url: str) -> RunStore:
         UnsupportedStorage: neither of the two.
         StorageUnavailable: no client can be made for the S3 service.
     """
-    if re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/.+", url) and is_safe_name(url.removeprefix(_S3)):
+    if is_s3(url):
         # Here, because boto3 is slow to import, and nodes with a shared folder need none.
         from training.s3_store import S3Store
 
@@ -107,6 +118,11 @@ def open_store(url: str) -> RunStore:
         shown = re.sub(r"//.*@", "//", url)
         raise UnsupportedStorage(f"storage {shown!r}: must be a folder or s3://bucket/prefix. Use one of these")
     return FolderStore(Path(url).expanduser().absolute())
+
+
+def is_s3(url: str) -> bool:
+    """Whether this is `s3://bucket/prefix`."""
+    return re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/.+", url) is not None and is_safe_name(url.removeprefix(_S3))
 
 
 class FolderStore:
@@ -143,10 +159,14 @@ class FolderStore:
 
     def names(self, prefix: str = "") -> list[str]:
         """See `RunStore`."""
+        return sorted(self.listing(prefix))
+
+    def listing(self, prefix: str = "") -> dict[str, Stored]:
+        """See `RunStore`."""
         folder = self._path(prefix) if prefix else self._folder
         with self._told(prefix):
-            paths = _patiently(lambda: list(_files(folder)))
-        return sorted(path.relative_to(self._folder).as_posix() for path in paths)
+            found = _patiently(lambda: list(_stored(folder)))
+        return {path.relative_to(self._folder).as_posix(): stored for path, stored in found}
 
     def upload(self, folder: Path, name: str, *, last: str) -> None:
         """See `RunStore`."""
@@ -209,11 +229,10 @@ def missing(url: str, name: str) -> FileNotFoundError:
 
 
 def files_to_upload(folder: Path, last: str) -> list[Path]:
-    """All files below a folder, `last` at the end. Raises FileNotFoundError when that one is missing."""
+    """All files below a folder but hidden ones, `last` at the end. Raises FileNotFoundError when that is missing."""
     if not (folder / last).is_file():
         raise missing(str(folder), last)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return sorted(files, key=lambda path: path == folder / last)
+    return sorted((path for path, _ in _stored(folder)), key=lambda path: (path == folder / last, path))
 
 
 def repeated(call: Callable[[], Answer], passes: Callable[[Exception], bool], num_bytes: int = 0) -> Answer:
@@ -247,15 +266,19 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(content, copy, 2**20)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _stored(folder: Path) -> Iterator[tuple[Path, Stored]]:
     def told(error: OSError) -> None:
         # What is gone meanwhile was deleted; a folder that cannot be read must not look like an empty one.
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
     for parent, _, names in os.walk(folder, onerror=told):
-        # Half-written files begin with a dot, as do those that NFS keeps for whoever has a deleted one open.
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+        for name in names:
+            # Half-written files begin with a dot, as do those that NFS keeps for whoever has a deleted one open.
+            if not name.startswith("."):
+                with suppress(FileNotFoundError):
+                    status = Path(parent, name).stat()
+                    yield Path(parent, name), Stored(status.st_size, f"{status.st_ino}-{status.st_mtime_ns}")
 
 
 def _remove(path: Path) -> None:

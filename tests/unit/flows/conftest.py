@@ -27,7 +27,7 @@ def environment() -> Iterator[None]:
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: None) -> Settings:
     """Settings whose home is a folder that does not exist yet, as a user would choose it; no server anywhere."""
     monkeypatch.setenv("SPECK_HOME", str(tmp_path / "home"))
-    for name in ("MLFLOW_TRACKING_URI", "SPECK_RAY_JOBS_URL", "RAY_ADDRESS", "PREFECT_API_URL"):
+    for name in ("MLFLOW_TRACKING_URI", "SPECK_RAY_JOBS_URL", "SPECK_STORAGE", "RAY_ADDRESS", "PREFECT_API_URL"):
         monkeypatch.delenv(name, raising=False)
     return Settings()
 

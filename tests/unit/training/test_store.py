@@ -52,6 +52,19 @@ def test_names_below_a_prefix_are_those_of_its_parts(storage: Storage) -> None:
             store.read(name)
 
 
+def test_a_listing_tells_sizes_and_whether_something_changed(storage: Storage) -> None:
+    store = storage.open()
+    store.write("a/x", b"123")
+    store.write("b", b"")
+    before = store.listing()
+    assert {name: stored.size_bytes for name, stored in before.items()} == {"a/x": 3, "b": 0}
+    assert store.listing("a") == {"a/x": before["a/x"]}
+    store.write("a/x", b"124")
+    after = store.listing()
+    assert after["a/x"].mark != before["a/x"].mark
+    assert after["b"] == before["b"]
+
+
 def test_names_that_leave_the_run_are_refused(storage: Storage, tmp_path: Path) -> None:
     store = storage.open()
     store.write("x", b"1")
