@@ -1,6 +1,7 @@
-"""The driver of one cell inside the cluster: `python -m training.job RUN_FOLDER ATTEMPT`.
+"""The driver of one cell inside the cluster: `python -m training.job RUN ATTEMPT`.
 
-It places the workers and starts them again after failures; all records are theirs.
+RUN is the address of the run's records, a folder or `s3://bucket/prefix`. The driver places the workers and starts them
+again after failures; all records are theirs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,13 +28,14 @@ from training.store import RunStore, open_store
 STOP_PATIENCE_S = 12.0
 
 
-def main(run_folder: Path, number: int) -> None:
+def main(run_url: str, number: int) -> None:
     """Train, score and record one attempt."""
-    attempt = read_attempt(run_folder, number)
-    with causes_told():
+    with causes_told(), tempfile.TemporaryDirectory(prefix="speck-ray-") as folder:
+        store = open_store(run_url)
+        attempt = read_attempt(store, number)
         ray.init(log_to_driver=True, configure_logging=False)
-        stop_on_sigterm(open_store(str(run_folder)), number)
-        train(attempt, run_folder)
+        stop_on_sigterm(store, number)
+        train(attempt, store.url, Path(folder))
 
 
 def stop_on_sigterm(store: RunStore, number: int) -> None:
@@ -50,14 +53,14 @@ def stop_on_sigterm(store: RunStore, number: int) -> None:
     signal.signal(signal.SIGTERM, ask)
 
 
-def train(attempt: Attempt, run_folder: Path) -> None:
+def train(attempt: Attempt, run_url: str, ray_folder: Path) -> None:
     """Keep workers at it until they are done. Raises TrainingFailedError as soon as there is no use in going on."""
     accumulation = attempt.spec.training.accumulation
     history: list[Failure] = []
     while True:
         started = time.monotonic()
         try:
-            build_trainer(attempt, run_folder, accumulation=accumulation).fit()
+            build_trainer(attempt, run_url, ray_folder, accumulation=accumulation).fit()
             return
         except TrainingFailedError as error:
             history.append(classify(error, time.monotonic() - started))
@@ -72,4 +75,4 @@ def train(attempt: Attempt, run_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -31,13 +31,13 @@ LEAVE_PATIENCE_S = 120.0
 PROBE_S = 30.0
 
 
-def build_trainer(attempt: Attempt, run_folder: Path, *, accumulation: int) -> TorchTrainer:
-    """A trainer of one attempt, which goes on from the run's newest checkpoint."""
+def build_trainer(attempt: Attempt, run_url: str, ray_folder: Path, *, accumulation: int) -> TorchTrainer:
+    """A trainer of one attempt, which goes on from the newest checkpoint in the run's records."""
     return on_workers(
         train_worker,
-        {"attempt": attempt.model_dump(mode="json"), "run_url": str(run_folder), "accumulation": accumulation},
+        {"attempt": attempt.model_dump(mode="json"), "run_url": run_url, "accumulation": accumulation},
         attempt.spec.compute,
-        run_folder,
+        ray_folder / attempt.run_key,
         callbacks=[LeaveOnSigterm(), Overseer()],
     )
 
@@ -49,7 +49,7 @@ def on_workers(
     folder: Path,
     **run_config: Any,
 ) -> TorchTrainer:
-    """A Ray Train run of `worker(config)` on every worker, which keeps its state in `folder` on shared storage.
+    """A Ray Train run of `worker(config)` on every worker; Ray keeps what it wants to remember in `folder`, here.
 
     Whatever ends the workers is raised by its `fit`: see `training.retry`.
     """

@@ -6,7 +6,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from uuid import uuid4
 import psutil
 import pytest
 from chaos.processes import MARK, left_after, marked, new_mark, wait_until
+from services.fault_proxy import FaultProxy, fault_proxy
+from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
 
-from training.checkpoint import CHECKPOINTS, newest_first, verify_checkpoint
+from training.checkpoint import CHECKPOINTS, newest_first, newest_valid, verify_checkpoint
 from training.jobs import CellFailed, Jobs, code_snapshot, embedded_cluster
-from training.records import read_journal, read_result, record_attempt
+from training.records import RESULT, RunResult, attempt_name, hash_files, read_journal, read_result, record_attempt
 from training.spec import ComputeSpec, RunSpec
+from training.store import RunStore, open_store
 
 ROOT = Path(__file__).parents[2]
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
@@ -108,6 +111,16 @@ class Service:
     home: Path
     mark: str
     source: str
+    s3: FaultProxy | None
+
+    def start_on_s3(self, spec: RunSpec) -> tuple[Cell, RunStore]:
+        """Submit a run whose records lie in a bucket."""
+        store = open_store(f"s3://runs/prefix/{spec.run_key}")
+        folder = self.home / "copies" / spec.run_key
+        attempt = record_attempt(folder, spec, data_source=self.source, code_hash="c" * 12)
+        store.write(attempt_name(attempt.number), (folder / attempt_name(attempt.number)).read_bytes())
+        with code_snapshot(ROOT) as code:
+            return Cell(self.jobs, self.jobs.submit(attempt, store.url, code), folder), store
 
     def start(self, spec: RunSpec, fault: str = "", *, runs: Path | None = None) -> Cell:
         folder = (runs or self.home / "runs") / spec.run_key
@@ -131,8 +144,16 @@ def service(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(MARK, mark)
         environment.setenv("SPECK_STORE", str(home / "store"))
-        with embedded_cluster(home, num_cpus=2) as cluster:
-            yield Service(Jobs(cluster), home, mark, tiny.source)
+        with ExitStack() as stack:
+            s3 = None
+            if RCLONE is not None:
+                (home / "s3" / "runs").mkdir(parents=True)
+                server = stack.enter_context(s3_service(home / "s3"))
+                s3 = stack.enter_context(fault_proxy(int(server.url.rpartition(":")[2])))
+                for name, value in (server.environment | {"AWS_ENDPOINT_URL": s3.url}).items():
+                    environment.setenv(name, value)
+            cluster = stack.enter_context(embedded_cluster(home, num_cpus=2))
+            yield Service(Jobs(cluster), home, mark, tiny.source, s3)
     assert left_after(mark, 30) == [], "processes that outlived the cluster"
 
 
@@ -227,7 +248,8 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, check=False)
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip(f"needs to mount a small disk: {mounted.stderr.decode().strip()}")
     try:
@@ -254,3 +276,29 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
         assert f"resuming from {whole[0]:09d}" in "\n".join(again.lines)
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.skipif(RCLONE is None, reason=WITHOUT_RCLONE)
+def test_a_run_on_s3_survives_a_killed_worker_and_a_server_that_fails(
+    service: Service, tiny_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """A tenth of all requests fails, one way or another, and a worker is killed after the first checkpoint."""
+    assert service.s3 is not None
+    service.s3.failing_share = 0.1
+    spec = tiny_spec(epochs=4, batch_size=2, seed=16, compute=two_workers(max_failures=1, keep_checkpoints=1))
+    cell, store = service.start_on_s3(spec)
+    wait_until(lambda: read_journal(store) or cell.failed, 120, "no epoch", every_s=0.5)
+    service.workers()[0].kill()
+    told = cell.join()
+    service.s3.failing_share = 0.0
+    assert cell.failed is None, cell.failed
+    assert service.s3.num_faults > 3
+    assert "resuming from" in told
+    assert [(entry.epoch, entry.step) for entry in read_journal(store)] == [(1, 12), (2, 24), (3, 36), (4, 48)]
+    result = RunResult.model_validate_json(store.read(RESULT))
+    artifacts = store.download("artifacts", tmp_path / "artifacts")
+    assert result.files == hash_files(tmp_path, artifacts)
+    newest = newest_valid(store, tmp_path / "checkpoints", print)
+    assert newest is not None
+    assert verify_checkpoint(newest, spec.run_key).step == 48
+    assert not (service.home / "runs" / spec.run_key).exists(), "nothing lies in a folder instead"

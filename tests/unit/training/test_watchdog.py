@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,3 +41,4 @@ def test_a_block_that_ended_is_watched_no_more() -> None:
     with Watchdog(0.2, "worker 0"):
         pass
     time.sleep(1.0)
+    assert threading.current_thread().is_alive(), "this process would have ended"
