@@ -18,6 +18,7 @@ from flows.score_command import score
 
 if TYPE_CHECKING:
     from flows.report import Report
+    from training.spec import RunSpec
 
 app = typer.Typer(
     help="Train small-object detectors: a dataset version goes in, a promoted model comes out.",
@@ -35,6 +36,9 @@ DatasetsOption = Annotated[str | None, typer.Option(help="Datasets instead of th
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds instead of the experiment's: 0,1")]
 CodeChangeOption = Annotated[
     Literal["warn", "retrain"], typer.Option("--on-code-change", help="Finished cells that other code trained.")
+]
+ProfileOption = Annotated[
+    bool, typer.Option("--profile", help="Keep a trace of a few steps of every cell that trains: trace.json.gz.")
 ]
 
 
@@ -64,19 +68,22 @@ def train_all_command(
     datasets: DatasetsOption = None,
     seeds: SeedsOption = None,
     on_code_change: CodeChangeOption = "warn",
+    profile: ProfileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train every architecture x dataset x seed that is not trained yet, compare, and promote the best."""
-    _train(spec, sets, _names(architectures), _names(datasets), _seeds(seeds), on_code_change, as_json)
+    changes = _with_profile(sets, profile)
+    _train(spec, changes, _names(architectures), _names(datasets), _seeds(seeds), on_code_change, as_json)
 
 
 @app.command()
 def train(
     architecture: str, dataset: str, spec: SpecOption = "default", sets: SetOption = [],  # noqa: B006
-    seeds: SeedsOption = None, on_code_change: CodeChangeOption = "warn", as_json: JsonOption = False,
+    seeds: SeedsOption = None, on_code_change: CodeChangeOption = "warn", profile: ProfileOption = False,
+    as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Train one architecture on one dataset."""
-    _train(spec, sets, [architecture], [dataset], _seeds(seeds), on_code_change, as_json)
+    _train(spec, _with_profile(sets, profile), [architecture], [dataset], _seeds(seeds), on_code_change, as_json)
 
 
 @app.command()
@@ -87,6 +94,9 @@ def plan(
     datasets: DatasetsOption = None,
     seeds: SeedsOption = None,
     on_code_change: CodeChangeOption = "warn",
+    folder: Annotated[
+        Path | None, typer.Option("--specs", help="Write each cell's spec there, for torchrun -m training.loop.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what train-all would do to each cell, and why, without doing it."""
@@ -107,6 +117,8 @@ def plan(
     settings = Settings()
     specs = [spec for name, version in known.items() for spec in specs_of(experiment, name, version, settings)]
     planned = plan_cells(specs, settings, on_code_change)
+    if folder is not None:
+        _write_specs(specs, folder)
     if as_json:
         print_json({"cells": plan_as_json(planned), "unversioned_datasets": unversioned})
         return
@@ -232,6 +244,19 @@ def is_expected(error: Exception) -> bool:
         return True
     ours = {"flows", "models", "data", "training", "evaluation", "tracking", "infra"}
     return type(error).__module__.partition(".")[0] in ours
+
+
+def _write_specs(specs: Sequence[RunSpec], folder: Path) -> None:
+    from training.checkpoint import write_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for spec in specs:
+        write_json(folder / f"{spec.run_key}.json", spec.model_dump(mode="json"))
+    typer.echo(f"{len(specs)} specs are in {folder}: torchrun -m training.loop FILE", err=True)
+
+
+def _with_profile(sets: Sequence[str], profile: bool) -> list[str]:
+    return [*sets, "compute.profile=true"] if profile else list(sets)
 
 
 def _train(

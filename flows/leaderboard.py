@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from flows.cells import CellOutcome
 from flows.plan import PlannedCell
-from training.jobs import CellFailed, demand
-from training.spec import ArchitectureSpec, RunSpec
+from training.jobs import CellFailed
+from training.ledger import Ledger
+from training.spec import ArchitectureSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = (
-    "architecture", "seed", "val AP", "test AP", "AP50", "AP small", "time", "estimated", "disk", "cost", "state", "",
+    "architecture", "seed", "val AP", "test AP", "AP50", "AP small", "time", "estimated", "disk", "cost (useful)",
+    "state", "",
 )  # fmt: skip
 SCORES = ("val_ap", "test_ap", "test_ap50", "test_ap_small")
 
@@ -28,8 +30,9 @@ class Row:
 
     `label` is the architecture with what differs from its own settings.
 
-    `wall_s`, `cpu_hours` and `gpu_hours` are what this run spent on it, `None` and 0 where it was reused;
-    `trained_s` is what its training took whenever it was.
+    `wall_s` is what this run spent on it, None where it was reused; `trained_s` is what its training took whenever it
+    was. `cpu_hours`, or where it had GPUs `gpu_hours`, are what the workers of all its attempts held, `useful_share` of
+    them for epochs that count and `num_starts` times begun; see `training.ledger`.
     """
 
     dataset: str
@@ -49,6 +52,9 @@ class Row:
     trained_s: float | None = None
     cpu_hours: float = 0.0
     gpu_hours: float = 0.0
+    useful_share: float | None = None
+    num_starts: int = 0
+    price: float | None = None
     champion: bool = False
     error: str | None = None
 
@@ -71,8 +77,10 @@ class Summary:
     spread: dict[str, float]
 
 
-def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], champions: set[str]) -> list[Row]:
-    """One row a cell; `champions` are MLflow runs."""
+def make_rows(
+    cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], champions: set[str], ledgers: Mapping[str, Ledger]
+) -> list[Row]:
+    """One row a cell; `champions` are MLflow runs, `ledgers` by run key."""
     rows = []
     for cell, outcome in cells:
         spec, estimate = cell.spec, cell.estimate
@@ -84,16 +92,17 @@ def make_rows(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], cham
             "run_key": spec.run_key,
             "estimated_s": None if estimate is None else estimate.seconds,
             "estimated_disk_bytes": None if estimate is None else estimate.disk_bytes,
+            **_held(ledgers.get(spec.run_key)),
         }
         if isinstance(outcome, Exception):
             wall_s = outcome.job_s or None if isinstance(outcome, CellFailed) else None
-            rows.append(Row(**common, **_used(spec, wall_s), state="failed", error=_first_line(outcome)))
+            rows.append(Row(**common, wall_s=wall_s, state="failed", error=_first_line(outcome)))
             continue
         val, test = outcome.result.scores["val"].metrics, outcome.result.scores["test"].metrics
         rows.append(
             Row(
                 **common,
-                **_used(spec, outcome.seconds.get("wall")),
+                wall_s=outcome.seconds.get("wall"),
                 state=_done(cell, outcome),
                 val_ap=val["coco/AP"],
                 test_ap=test["coco/AP"],
@@ -185,7 +194,7 @@ def flat_summaries(rows: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def spent(rows: Sequence[Row]) -> str:
-    """One sentence: what was trained and what that cost, what was reused and what that saved."""
+    """One sentence: what was trained, what was reused and what that saved, and what all of it has cost."""
     trained = [row for row in rows if row.wall_s is not None and row.error is None]
     reused = [row for row in rows if row.wall_s is None and row.error is None]
     failed = [row for row in rows if row.error is not None]
@@ -194,12 +203,14 @@ def spent(rows: Sequence[Row]) -> str:
     if trained:
         whole = f" (estimated {sum(estimated):.0f} s)" if len(estimated) == len(trained) else ""
         took = sum(row.wall_s or 0.0 for row in trained)
-        parts.append(f"{len(trained)} trained in {took:.0f} s{whole}, {_cost(trained)}")
+        parts.append(f"{len(trained)} trained in {took:.0f} s{whole}")
     if reused:
         parts.append(f"{len(reused)} reused, which saved {sum(row.trained_s or 0.0 for row in reused):.0f} s")
     if failed:
-        cost = f" after {sum(row.wall_s or 0.0 for row in failed):.0f} s, {_cost(failed)}"
-        parts.append(f"{len(failed)} failed{cost if any(row.wall_s for row in failed) else ''}")
+        after = f" after {sum(row.wall_s or 0.0 for row in failed):.0f} s"
+        parts.append(f"{len(failed)} failed{after if any(row.wall_s for row in failed) else ''}")
+    if any(row.num_starts for row in rows):
+        parts.append(f"cost of all attempts (useful): {_cost(rows)}")
     return f"{len(rows)} {'cell' if len(rows) == 1 else 'cells'}: {'; '.join(parts)}"
 
 
@@ -238,9 +249,16 @@ def _cell_line(row: Row) -> tuple[str, ...]:
     return (row.label, str(row.seed), *scores, *times, _disk(row), _cost([row]), state, remark)
 
 
-def _used(spec: RunSpec, wall_s: float | None) -> dict[str, Any]:
-    hours = {kind: amount * (wall_s or 0.0) / 3600 for kind, amount in demand(spec).items()}
-    return {"wall_s": wall_s, "cpu_hours": hours["CPU"], "gpu_hours": hours["GPU"]}
+def _held(ledger: Ledger | None) -> dict[str, Any]:
+    if ledger is None:
+        return {}
+    total = ledger.total
+    return {
+        f"{ledger.accelerator.lower()}_hours": total.held_s / 3600,
+        "useful_share": total.useful_share,
+        "num_starts": total.num_starts,
+        "price": total.price,
+    }
 
 
 def _done(cell: PlannedCell, outcome: CellOutcome) -> str:
@@ -260,11 +278,15 @@ def _disk(row: Row) -> str:
 
 
 def _cost(rows: Sequence[Row]) -> str:
-    """Hours of GPUs where any were used, else of CPUs."""
-    cpu, gpu = sum(row.cpu_hours for row in rows), sum(row.gpu_hours for row in rows)
-    if not cpu + gpu:
+    """Hours of GPUs where any were held, else of CPUs, how much of them was useful, and the price if all have one."""
+    on_gpu = any(row.gpu_hours for row in rows)
+    hours = [row.gpu_hours if on_gpu else row.cpu_hours for row in rows]
+    if not sum(hours):
         return "-"
-    return f"{gpu:.2f} GPU-h" if gpu else f"{cpu:.2f} CPU-h"
+    useful = sum(held * (row.useful_share or 0.0) for held, row in zip(hours, rows, strict=True)) / sum(hours)
+    prices = [row.price for row in rows if row.num_starts]
+    price = f"{sum(known):.2f} for " if len(known := [one for one in prices if one is not None]) == len(prices) else ""
+    return f"{price}{sum(hours):.2f} {'GPU' if on_gpu else 'CPU'}-h ({useful:.0%})"
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import getpass
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from data.summary import summarise
 from flows.settings import REPO
 from tracking.client import connect
-from tracking.runs import DatasetRef, JournalEntry, ensure_run, finish, replay
+from tracking.runs import DatasetRef, JournalEntry, ensure_run, finish, replay, upload
+from training.checkpoint import write_json
+from training.ledger import Ledger, read_ledger
 from training.records import Attempt, RunResult, read_journal, training_id
 from training.spec import RunSpec
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+LEDGER_FILE = "ledger.json"
 
 
 class Recorder:
@@ -86,7 +91,7 @@ class Recorder:
                     client,
                     self.run_id,
                     "FINISHED",
-                    scores=flat_scores(result),
+                    scores=flat_scores(result) | _log_ledger(client, self.run_id, run_folder),
                     artifacts_dir=run_folder / "artifacts",
                     end_time_ms=result.finished_ms,
                 )
@@ -99,7 +104,8 @@ class Recorder:
 
         def close(client: MlflowClient) -> None:
             if self.run_id is not None:
-                finish(client, self.run_id, status, scores={}, artifacts_dir=None, end_time_ms=_now_ms())
+                costs = _log_ledger(client, self.run_id, run_folder)
+                finish(client, self.run_id, status, scores=costs, artifacts_dir=None, end_time_ms=_now_ms())
 
         self._try(close)
 
@@ -114,6 +120,17 @@ class Recorder:
             # Not only TrackingUnavailable: a run that somebody deletes meanwhile must not stop training either.
             self._lost = True
             self._warn(f"MLflow is left behind, training goes on: {type(error).__name__}: {error}")
+
+
+def _log_ledger(client: MlflowClient, run_id: str, run_folder: Path) -> dict[str, float]:
+    """Keep what each attempt held as the run's artifact LEDGER_FILE; returns the metrics."""
+    ledger = read_ledger(run_folder)
+    if ledger is None:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="speck-ledger-") as folder:
+        write_json(Path(folder) / LEDGER_FILE, ledger.as_json())
+        upload(client, run_id, Path(folder))
+    return flat_ledger(ledger)
 
 
 def _short(training: str) -> str:
@@ -138,6 +155,19 @@ def _flatten(content: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     for key, value in content.items():
         flat += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
     return flat
+
+
+def flat_ledger(ledger: Ledger) -> dict[str, float]:
+    """What all attempts held and what came of it, as metrics `ledger/...`; hours are of GPUs or of CPUs."""
+    total = ledger.total
+    unit = f"{ledger.accelerator.lower()}_h"
+    metrics = {
+        f"ledger/held_{unit}": total.held_s / 3600,
+        f"ledger/wasted_{unit}": total.wasted_s / 3600,
+        "ledger/useful_share": total.useful_share,
+        "ledger/starts": float(total.num_starts),
+    }
+    return metrics if total.price is None else metrics | {"ledger/price": total.price}
 
 
 def flat_scores(result: RunResult) -> dict[str, float]:

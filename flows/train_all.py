@@ -45,7 +45,9 @@ from tracking.client import TrackingUnavailable, connect
 from tracking.registry import champion
 from tracking.runs import close_parent, ensure_parent, upload
 from training.jobs import Cluster, Jobs, embedded_cluster
+from training.ledger import Ledger, read_ledger
 from training.spec import RunSpec
+from training.store import StorageUnavailable
 
 
 @flow(name="train-all", validate_parameters=True)
@@ -110,7 +112,7 @@ class TrainAll:
             promotions, not_promoted, champions = compare_and_promote(cells, self.settings)
         with self._timed("comparison"):
             compare_best(cells, self.settings, parent_run_id)
-        rows = make_rows(cells, champions)
+        rows = make_rows(cells, champions, _ledgers(cells, self.settings))
         for name, error in failed.items():
             rows += unplanned_rows(name, self.experiment.resolved_architectures(), self.experiment.seeds, error)
         return Report(ordered(rows), promotions, not_promoted, self.seconds)
@@ -274,6 +276,16 @@ def compare_best(
             continue
         labels = " against ".join(outcome.result.spec.architecture.label for outcome in (best, second))
         say(f"{name}: {labels}: {compared.headline}")
+
+
+def _ledgers(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]], settings: Settings) -> dict[str, Ledger]:
+    """What every cell's attempts held, by run key, as far as that can be read."""
+    found = {}
+    for cell, _ in cells:
+        with suppress(StorageUnavailable):
+            if (ledger := read_ledger(settings.storage / cell.spec.run_key)) is not None:
+                found[cell.spec.run_key] = ledger
+    return found
 
 
 def _by_dataset(cells: Sequence[tuple[PlannedCell, CellOutcome | Exception]]) -> dict[str, list[CellOutcome]]:

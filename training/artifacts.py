@@ -22,6 +22,7 @@ from training.checkpoint import save_tensors, write_json
 from training.records import JournalEntry
 from training.scoring import Scored, Split
 from training.spec import RunSpec
+from training.trace import TRACE
 
 OPERATING_POINT = "operating_point.json"
 _FOREGROUND = (
@@ -39,7 +40,10 @@ def write_artifacts(
     folder: Path,
     journal: Sequence[JournalEntry],
 ) -> None:
-    """Everything about a run into a folder, all of it or nothing. `scored` holds val and test."""
+    """Everything about a run into a folder, all of it or nothing. `scored` holds val and test.
+
+    A trace that lies in the folder stays: it is the training's, and scoring again makes none.
+    """
     partial = folder.with_name(f"{folder.name}.partial")
     # What a killed worker left.
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,6 +65,8 @@ def write_artifacts(
             score_threshold=test.analysis.operating_point.shown_score,
         )
         training_curves([{"epoch": entry.epoch, **entry.metrics} for entry in journal], partial / "training_curves.png")
+        if (folder / TRACE).is_file():
+            shutil.copyfile(folder / TRACE, partial / TRACE)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:

@@ -44,13 +44,14 @@ class Hooks:
     `report(metrics, step, epoch, save)` at the end of an epoch, `checkpoint(step, epoch, save, is_ending)` within one,
     where it was asked for: `save(folder, report)` writes a checkpoint there. `asked`: what this worker is asked at a
     step. `skipped`: the training images that an epoch could not read. `alive`: called again and again as long as there
-    is progress.
+    is progress. `stepped(left)`: after every step; how many the epoch has left.
     """
 
     report: Callable[[dict[str, float], int, int, Callable[..., Any]], None]
     checkpoint: Callable[[int, int, Callable[..., Any], bool], None] = field(default=lambda *_: None)
     asked: Callable[[], Asked] = field(default=Asked)
     alive: Callable[[], None] = field(default=lambda: None)
+    stepped: Callable[[int], None] = field(default=lambda _: None)
     progress: Callable[[Progress], None] = field(default=lambda _: None)
     warm_started: Callable[[WarmStart], None] = field(default=lambda _: None)
     skipped: Callable[[list[Path]], None] = field(default=lambda _: None)
@@ -186,6 +187,7 @@ def train_one_epoch(
                 )
         clock.lap("optimizer")
         hooks.alive()
+        hooks.stepped(steps_per_epoch - state.steps_in_epoch)
         if workers.rank == 0 and step.is_finite and (news := meter.news(state)) is not None:
             hooks.progress(news)
         _answer(spec, state, step.asked, meter, hooks)

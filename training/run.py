@@ -5,12 +5,13 @@ Ray's workers and torchrun's share it.
 
 from __future__ import annotations
 
+import json
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from evaluation.result import ScoreResult
 from training.artifacts import write_artifacts
 from training.checkpoint import CHECKPOINTS, Manifest, newest_valid
 from training.keeper import Keeper
+from training.ledger import UsageLog
 from training.loop import Hooks, train
-from training.meter import PROGRESS_MARK, Progress
+from training.meter import PROGRESS_MARK, SECONDS, Progress
 from training.records import (
     Attempt,
     RunResult,
@@ -38,6 +40,7 @@ from training.spec import RunSpec
 from training.state import WarmStart, warm_start_path
 from training.store import FolderStore, RunStore, StorageUnavailable
 from training.system import SystemMeter
+from training.trace import TRACE, StepTrace
 from training.watchdog import Watchdog
 from training.workers import Workers
 
@@ -82,48 +85,60 @@ def run_attempt(
     spec, started = attempt.spec, time.monotonic()
     say = _say if workers.rank == 0 else _nothing
     with ExitStack() as stack:
+        usage = UsageLog(store, attempt, workers.world_size, say) if workers.rank == 0 else None
+        if usage is not None:
+            stack.callback(usage.close)
         watchdog = stack.enter_context(Watchdog(spec.compute.hang_timeout_s, f"worker {workers.rank}"))
         here = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="speck-run-")))
         dataset_folder = on_this_node(spec.dataset.name, spec.dataset.version, attempt.data_source)
         cache_folder = picture_folder(default_root(), spec.dataset.version)
         checkpoint = _newest_checkpoint(store, workers, here / CHECKPOINTS)
         keeper: Keeper | None = None
-        if workers.rank == 0:
+        if usage is not None:
+            usage.resumed(*_place(checkpoint))
             if checkpoint is not None:
                 complete_journal(store, attempt, checkpoint)
             keeper = Keeper(store, num_kept=spec.compute.keep_checkpoints, say=say)
             stack.callback(keeper.close)
-        requests = _Requests(store, attempt, workers.rank, preempting)
+        requests = _Requests(store, attempt, usage, preempting)
         stack.callback(requests.close)
         who = f"{workers.world_size} worker" + "s" * (workers.world_size > 1)
         where = f"resuming from {checkpoint.name}" if checkpoint else "starting at epoch 1"
         say(f"data ready on {who} after {time.monotonic() - started:.1f} s, {where}")
+        artifacts, trace = here / "artifacts", None
+        if usage is not None and spec.compute.profile:
+            trace = StepTrace(artifacts / TRACE, on_gpu=workers.device.type == "cuda", say=say)
+            stack.callback(trace.close)
         hooks = Hooks(
             report=_reporter(attempt, keeper, requests, reported),
             checkpoint=_checkpointer(keeper, requests, say),
             asked=requests.asked,
             alive=watchdog.alive,
+            stepped=trace.stepped if trace else lambda _: None,
             progress=lambda news: say(_line(news)),
             warm_started=lambda taken: say(_warm_start_line(taken)),
             skipped=lambda paths: say(_skipped_line(paths)),
         )
         initial = None if checkpoint else _initial_weights(spec, store, here)
         state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial, cache_folder, accumulation)
+        if trace is not None:
+            trace.close()
         trained = time.monotonic()
         say("scoring on the test split")
         average = state.average.module
         # Val chooses the thresholds by which test is judged.
         chosen = None if validation is None else validation.analysis.operating_point
         test = score_split(spec, average, dataset_folder, "test", workers, operating_point=chosen, alive=watchdog.alive)
-        if keeper is not None and validation is not None and test is not None:
+        if keeper and usage and validation is not None and test is not None:
             keeper.wait()
             seconds = {"train": trained - started, "score_test": time.monotonic() - trained}
             scored: dict[Split, Scored] = {"val": validation, "test": test}
-            artifacts = here / "artifacts"
             journal = read_journal(store)
             write_artifacts(spec, average.state_dict(), scored, seconds, dataset_folder, artifacts, journal)
             store.upload(artifacts, "artifacts", last="seconds.json")
             keeper.close()
+            requests.close()
+            usage.close()
             results = {split: content.result for split, content in scored.items()}
             write_result(store, _result(attempt, results, hash_files(here, artifacts), seconds))
 
@@ -163,18 +178,31 @@ def _initial_weights(spec: RunSpec, store: RunStore, here: Path) -> Path | None:
     return store.download(WARM_START, here / WARM_START) / path.name
 
 
-class _Requests:
-    """What a worker is asked while it trains. On rank 0 a thread looks for a request to stop."""
+def _place(checkpoint: Path | None) -> tuple[int, float]:
+    """The step that a checkpoint is of, and how long its unfinished epoch had taken."""
+    if checkpoint is None:
+        return 0, 0.0
+    state = json.loads((checkpoint / "state.json").read_bytes())
+    return state["step"], state["so_far"].get(SECONDS, 0.0)
 
-    def __init__(self, store: RunStore, attempt: Attempt, rank: int, preempting: Callable[[], bool]) -> None:
+
+class _Requests:
+    """What a worker is asked while it trains.
+
+    On rank 0, which has a `usage`, a thread looks for a request to stop, and keeps that record fresh.
+    """
+
+    def __init__(
+        self, store: RunStore, attempt: Attempt, usage: UsageLog | None, preempting: Callable[[], bool]
+    ) -> None:
         self._interval_s = attempt.spec.compute.checkpoint_every_minutes * 60
-        self._keeps, self._preempting = rank == 0, preempting
+        self._keeps, self._preempting = usage is not None, preempting
         self._kept = time.monotonic()
         self._was_preempting = False
         self._stop, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        if rank == 0:
-            arguments = (store, stop_name(attempt.number))
+        if usage is not None:
+            arguments = (store, stop_name(attempt.number), usage)
             self._thread = threading.Thread(target=self._watch, args=arguments, name="requests", daemon=True)
             self._thread.start()
 
@@ -195,14 +223,12 @@ class _Requests:
         if self._thread is not None:
             self._thread.join()
 
-    def _watch(self, store: RunStore, name: str) -> None:
+    def _watch(self, store: RunStore, name: str, usage: UsageLog) -> None:
         while not self._closed.wait(STOP_POLL_S):
-            try:
-                if store.exists(name):
+            usage.refresh()
+            with suppress(StorageUnavailable):
+                if not self._stop.is_set() and store.exists(name):
                     self._stop.set()
-                    return
-            except StorageUnavailable:
-                continue
 
 
 def _reporter(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def main() -> None:
             return
         attempt: Attempt = workers.broadcast(_record(run_folder, spec, arguments.data) if workers.rank == 0 else None)
         leave_on_sigterm()
+        # Ctrl-C reaches every process of a terminal.
+        signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
         run_attempt(attempt, open_store(str(run_folder)), workers, accumulation=spec.training.accumulation)
         _say(workers, f"the result lies in {run_folder}")
     except (Preempted, Stopped) as told:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import flows.experiment
 from flows.cli import app, main
 from flows.settings import Settings
 from models import ARCHITECTURES
+from training.spec import RunSpec
 
 ROOT = Path(__file__).parents[3]
 CALL = """
@@ -162,6 +163,34 @@ def test_plan_json_tells_every_cell_and_writes_nothing(speck: Speck, settings: S
     ] == [[cell["run_key"]] for cell in answer["cells"]]
     assert total.startswith("4 cells, 4 to train: about ")
     assert all(cell["estimated_s"] > 0 and cell["estimated_disk_bytes"] > 2**20 for cell in answer["cells"])
+
+
+def test_plan_writes_the_specs_that_the_loop_takes(speck: Speck, settings: Settings, tmp_path: Path) -> None:
+    axes = ("--datasets", "sample-aerial", "--architectures", "yolox-nano", "--seeds", "0,5")
+    axes += ("--set", "training.input_size_px=64", "--set", "training.batch_size=4")
+    code, out, err = speck("plan", "--json", *axes, "--specs", str(tmp_path / "new" / "specs"))
+    keys = [cell["run_key"] for cell in json.loads(out)["cells"]]
+    files = sorted((tmp_path / "new" / "specs").iterdir())
+    assert (code, [path.name for path in files]) == (0, sorted(f"{key}.json" for key in keys))
+    assert [RunSpec.model_validate_json(path.read_bytes()).run_key for path in files] == sorted(keys)
+    assert "2 specs are in" in err
+
+
+@pytest.mark.parametrize("command", [("train-all",), ("train", "yolox-nano", "sample-aerial")])
+@pytest.mark.parametrize("option", [("--profile",), ("--set", "compute.profile=true"), ()])
+def test_a_profile_is_a_setting_of_compute(
+    speck: Speck, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], option: tuple[str, ...]
+) -> None:
+    seen: list[bool] = []
+
+    def loaded(spec: str, sets: Sequence[str], **axes: Any) -> None:
+        seen.append(load_experiment(spec, sets, **axes).compute.profile)
+        raise flows.experiment.BadExperiment("that is all")
+
+    load_experiment = flows.experiment.load_experiment
+    monkeypatch.setattr(flows.experiment, "load_experiment", loaded)
+    assert speck(*command, *option)[0] == 1
+    assert seen == [bool(option)]
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--architectures", "--datasets"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 
@@ -21,6 +22,7 @@ from flows.leaderboard import (
 )
 from flows.plan import Estimate, PlannedCell
 from training.jobs import CellFailed
+from training.ledger import Account, Ledger
 from training.records import RunResult
 from training.spec import ArchitectureSpec, RunSpec
 
@@ -56,8 +58,20 @@ def key(cell: Cell) -> str:
     return cell[0].spec.run_key
 
 
-def test_order_is_dataset_then_the_mean_over_seeds_on_val(cells: list[Cell]) -> None:
-    rows = ordered(make_rows(cells, {f"run of {key(cells[2])}"}))
+def ledger(held_s: float, useful_s: float, accelerator: Literal["CPU", "GPU"] = "CPU", **account: Any) -> Ledger:
+    total = Account(held_s, useful_s, **({"num_starts": 2, "price": None} | account))
+    return Ledger(accelerator, total, {1: total})
+
+
+@pytest.fixture
+def ledgers(cells: list[Cell]) -> dict[str, Ledger]:
+    """Of the first four cells, by run key."""
+    accounts = (ledger(72, 54), ledger(36, 9), ledger(720, 360), ledger(36, 0))
+    return {key(cell): account for cell, account in zip(cells, accounts, strict=False)}
+
+
+def test_order_is_dataset_then_the_mean_over_seeds_on_val(cells: list[Cell], ledgers: dict[str, Ledger]) -> None:
+    rows = ordered(make_rows(cells, {f"run of {key(cells[2])}"}, ledgers))
     assert [(row.dataset, row.architecture, row.state) for row in rows] == [
         ("apples", "yolox-tiny", "cached"),
         ("apples", "yolox-nano", "resumed"),
@@ -68,22 +82,23 @@ def test_order_is_dataset_then_the_mean_over_seeds_on_val(cells: list[Cell]) -> 
     assert [row.champion for row in rows] == [True, False, False, False, False]
     assert rows[0] == Row(
         "apples", "yolox-tiny", "yolox-tiny width=0.125", 0, key(cells[2]), "cached",
-        val_ap=0.5, test_ap=0.25, test_ap50=0.625, trained_s=60.0,
+        val_ap=0.5, test_ap=0.25, test_ap50=0.625, trained_s=60.0, cpu_hours=0.2, useful_share=0.5, num_starts=2,
         champion=True,
     )  # fmt: skip
     assert (rows[1].wall_s, rows[1].estimated_s, rows[2].val_ap) == (5.0, 4.0, None)
-    # One worker with one CPU for 5 s.
-    assert rows[1].cpu_hours == pytest.approx(5 / 3600)
-    assert (rows[0].cpu_hours, rows[1].gpu_hours) == (0.0, 0.0)
+    # What all attempts held, not what this run of 5 s did.
+    assert (rows[1].cpu_hours, rows[1].useful_share, rows[1].gpu_hours) == (0.01, 0.25, 0.0)
+    # Of a run from before there was a ledger nothing is known.
+    assert (rows[2].cpu_hours, rows[2].useful_share, rows[2].num_starts) == (0.0, None, 0)
 
 
-def test_a_failed_cell_says_why_in_one_line(cells: list[Cell]) -> None:
-    (failed,) = [row for row in make_rows(cells, set()) if row.error is not None]
+def test_a_failed_cell_says_why_in_one_line(cells: list[Cell], ledgers: dict[str, Ledger]) -> None:
+    (failed,) = [row for row in make_rows(cells, set(), ledgers) if row.error is not None]
     assert failed.error == "Ray job 1-1 ended FAILED: the loss is not finite"
     assert (failed.seed, failed.run_key, failed.val_ap) == (3, key(cells[3]), None)
-    # Its hour is as dear as any other: one worker with one CPU for 36 s.
-    assert (failed.wall_s, failed.cpu_hours) == (36.0, pytest.approx(0.01))
-    (silent,) = make_rows([(cells[3][0], KeyError())], set())
+    # Its hour is as dear as any other.
+    assert (failed.wall_s, failed.cpu_hours, failed.useful_share) == (36.0, 0.01, 0.0)
+    (silent,) = make_rows([(cells[3][0], KeyError())], set(), {})
     assert (silent.error, silent.wall_s, silent.cpu_hours) == ("KeyError()", None, 0.0)
 
 
@@ -106,7 +121,7 @@ def seeds(cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResul
         cells.append((PlannedCell(spec, "cached", "", ""), outcome))
     spec = cell_spec("yolox-tiny", "apples")
     cells.append((PlannedCell(spec, "cached", "", ""), CellOutcome(make_result(spec, 0.3, 0.3), "f", True, {})))
-    return ordered(make_rows(cells, set()))
+    return ordered(make_rows(cells, set(), {}))
 
 
 def test_mean_and_spread_over_seeds_leave_out_the_failed_one(seeds: list[Row]) -> None:
@@ -123,8 +138,8 @@ def test_mean_and_spread_over_seeds_leave_out_the_failed_one(seeds: list[Row]) -
     ]  # fmt: skip
 
 
-def test_markdown_has_a_line_for_every_cell(cells: list[Cell]) -> None:
-    rows = ordered(make_rows(cells, {f"run of {key(cells[2])}"}))
+def test_markdown_has_a_line_for_every_cell(cells: list[Cell], ledgers: dict[str, Ledger]) -> None:
+    rows = ordered(make_rows(cells, {f"run of {key(cells[2])}"}, ledgers))
     table = [
         [text.strip() for text in line.removeprefix("|").removesuffix("|").split("|")]
         for line in as_markdown(rows).splitlines()
@@ -138,25 +153,41 @@ def test_markdown_has_a_line_for_every_cell(cells: list[Cell]) -> None:
     )  # fmt: skip
     assert (by_name["time"], by_name["state"], by_name[""]) == ("-", f"cached {key(cells[2])}", "champion")
     zebra = dict(zip(table[0], table[6], strict=True))
-    assert (zebra["time"], zebra["estimated"], zebra["cost"]) == ("61 s", "-", "0.02 CPU-h")
+    assert (zebra["time"], zebra["estimated"], zebra["cost (useful)"]) == ("61 s", "-", "0.02 CPU-h (75%)")
+    assert by_name["cost (useful)"] == "0.20 CPU-h (50%)"
     failed = dict(zip(table[0], table[5], strict=True))
     assert failed[""] == "Ray job 1-1 ended FAILED: the loss is not finite"
 
 
 def test_the_terminal_has_a_table_for_each_dataset(cells: list[Cell]) -> None:
-    rows = ordered(make_rows(cells, set()))
+    rows = ordered(make_rows(cells, set(), {}))
     apples, zebras = as_tables(rows)
     assert (apples.row_count, zebras.row_count) == (4, 1)
     assert list(apples.columns[0].cells) == [row.label for row in rows if row.dataset == "apples"]
 
 
-def test_what_was_spent_and_saved(cells: list[Cell]) -> None:
-    assert spent(make_rows(cells, set())) == (
-        "5 cells: 3 trained in 68 s, 0.02 CPU-h; 1 reused, which saved 60 s; 1 failed after 36 s, 0.01 CPU-h"
+def test_what_was_spent_and_saved(cells: list[Cell], ledgers: dict[str, Ledger]) -> None:
+    assert spent(make_rows(cells, set(), ledgers)) == (
+        "5 cells: 3 trained in 68 s; 1 reused, which saved 60 s; 1 failed after 36 s; "
+        "cost of all attempts (useful): 0.24 CPU-h (49%)"
     )
     never_ran = [(cells[3][0], CellFailed("no room"))]
-    assert spent(make_rows(never_ran, set())) == "1 cell: 1 failed"
-    assert spent(make_rows(cells[1:2], set())) == "1 cell: 1 trained in 5 s (estimated 4 s), 0.00 CPU-h"
+    assert spent(make_rows(never_ran, set(), {})) == "1 cell: 1 failed"
+    assert spent(make_rows(cells[1:2], set(), {})) == "1 cell: 1 trained in 5 s (estimated 4 s)"
+
+
+def test_a_price_is_shown_where_all_is_paid_for(cells: list[Cell]) -> None:
+    paid = {
+        key(cells[0]): ledger(3600, 1800, price=2.0),
+        key(cells[1]): ledger(1800, 1800, "GPU", price=5.5),
+        key(cells[2]): ledger(1800, 0, "GPU", price=0.25),
+    }
+    assert spent(make_rows(cells[:3], set(), paid)).endswith("7.75 for 1.00 GPU-h (50%)")
+    table = as_markdown(make_rows(cells[:3], set(), paid)).splitlines()
+    costs = [line.split("|")[-4].strip() for line in table]
+    assert costs[2:] == ["0.25 for 0.50 GPU-h (0%)", "5.50 for 0.50 GPU-h (100%)", "2.00 for 1.00 CPU-h (50%)"]
+    unpaid = paid | {key(cells[2]): ledger(1800, 0, "GPU")}
+    assert spent(make_rows(cells[:3], set(), unpaid)).endswith("(useful): 1.00 GPU-h (50%)")
 
 
 def test_json_gives_every_field_back(cells: list[Cell], seeds: list[Row]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 
 import flows.record
-from flows.record import Recorder, flat_params, flat_scores, provenance
+from flows.record import LEDGER_FILE, Recorder, flat_params, flat_scores, provenance
 from tracking.client import connect
+from training.ledger import UsageLog, read_ledger
 from training.records import Attempt, JournalEntry, RunResult, write_entry
 from training.spec import RunSpec
+from training.store import FolderStore
 
 
 def dead_server() -> str:
@@ -65,6 +68,40 @@ def test_a_store_that_comes_back_before_the_end_of_a_cell_gets_all_of_it(
     run = connect(f"sqlite:///{database}").get_run(recorder.run_id)
     assert (run.info.status, run.data.metrics["final/test/coco/AP"]) == ("FINISHED", 0.5)
     assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_what_the_attempts_held_is_in_their_run_whether_they_succeeded_or_not(
+    is_finished: bool,
+    tmp_path: Path,
+    cell_spec: Callable[..., RunSpec],
+    make_result: Callable[..., RunResult],
+    environment: None,
+) -> None:
+    spec, database = cell_spec(), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    spec = spec.model_copy(update={"compute": spec.compute.model_copy(update={"price_per_hour": 3600.0})})
+    attempt = Attempt(run_key=spec.run_key, number=1, spec=spec, data_source="", code_hash="c", submitted_ms=1)
+    (tmp_path / "run" / "artifacts").mkdir(parents=True)
+    UsageLog(FolderStore(tmp_path / "run"), attempt, 2, print).close()
+    recorder = Recorder(database, None, print)
+    recorder.begin(attempt, tmp_path / "run")
+    if is_finished:
+        recorder.finish(tmp_path / "run", make_result(spec, 0.25, 0.5))
+    else:
+        recorder.end(tmp_path / "run", "FAILED")
+    assert recorder.run_id is not None
+    client, ledger = connect(database), read_ledger(tmp_path / "run")
+    assert ledger is not None
+    metrics = client.get_run(recorder.run_id).data.metrics
+    assert {name: value for name, value in metrics.items() if name.startswith("ledger/")} == {
+        "ledger/held_cpu_h": ledger.total.held_s / 3600,
+        "ledger/wasted_cpu_h": ledger.total.held_s / 3600,
+        "ledger/useful_share": 0.0,
+        "ledger/starts": 1.0,
+        "ledger/price": pytest.approx(ledger.total.held_s),
+    }
+    kept = client.download_artifacts(recorder.run_id, LEDGER_FILE, str(tmp_path))
+    assert json.loads(Path(kept).read_bytes()) == ledger.as_json()
 
 
 def test_params_are_the_whole_spec_but_the_card_under_dotted_names(cell_spec: Callable[..., RunSpec]) -> None:
