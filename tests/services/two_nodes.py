@@ -33,7 +33,7 @@ from training.jobs import Cluster, use_token
 GCS_PORT, JOBS_PORT = 6379, 8265
 # The name of the cable's end inside every namespace.
 INTERFACE = "speck0"
-START_S = 60.0
+START_S = 240.0
 # A node that is gone is noticed within seconds, not half a minute.
 FAST_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
