@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=120)
 
 
 def on_all_ranks(script: Path, folder: Path, sizes: tuple[int, ...]) -> dict[int, list[Any]]:
@@ -49,7 +49,8 @@ def _in_each_group(rank: int, folder: Path, script: Path, sizes: tuple[int, ...]
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     results = {}
-    for size in (size for size in sizes if rank < size):
+    # The largest first, so that nobody waits for a rank that is still in a group without it.
+    for size in sorted((size for size in sizes if rank < size), reverse=True):
         if size > 1:
             rendezvous = f"file://{folder}/rendezvous-{size}"
             dist.init_process_group("gloo", rendezvous, PATIENCE, rank=rank, world_size=size)

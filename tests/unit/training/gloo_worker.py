@@ -22,6 +22,7 @@ from training.loop import Hooks, train
 from training.scoring import score_split
 from training.spec import RunSpec
 from training.state import build_model
+from training.sync_batch_norm import convert
 from training.workers import Workers
 
 
@@ -60,7 +61,7 @@ def step_without_objects_on_the_last_rank(
     targets = Targets(
         boxes[:count], torch.arange(3)[:count], torch.zeros(count, dtype=torch.int64), torch.zeros(0, 4), none
     )
-    parallel = DistributedDataParallel(detector)
+    parallel = DistributedDataParallel(convert(detector, workers.device))
     losses = detector.criterion(parallel(images), targets, closing=True)
     counts = workers.sum(torch.stack([losses.counts[term] for term in losses.sums])).clamp(min=1)
     (torch.stack(list(losses.sums.values())) / counts).sum().backward()
