@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -38,7 +40,7 @@ def build_trainer(attempt: Attempt, run_url: str, ray_folder: Path, *, accumulat
         {"attempt": attempt.model_dump(mode="json"), "run_url": run_url, "accumulation": accumulation},
         attempt.spec.compute,
         ray_folder / attempt.run_key,
-        callbacks=[LeaveOnSigterm(), Overseer()],
+        [LeaveOnSigterm(), Overseer()],
     )
 
 
@@ -47,7 +49,7 @@ def on_workers(
     config: dict[str, Any],
     compute: ComputeSpec,
     folder: Path,
-    **run_config: Any,
+    callbacks: Sequence[Any] = (),
 ) -> TorchTrainer:
     """A Ray Train run of `worker(config)` on every worker; Ray keeps what it wants to remember in `folder`, here.
 
@@ -72,9 +74,22 @@ def on_workers(
             storage_path=str(folder.parent),
             # Ray's own defaults for the last two are infinite.
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-            **run_config,
+            callbacks=[AtNodeAddress(), *callbacks],
         ),
     )
+
+
+class AtNodeAddress(WorkerCallback):
+    """Has Gloo use the interface with the node's address: left alone it takes the one that the hostname stands for,
+    which on many machines is the loopback.
+    """
+
+    def after_init_train_context(self) -> None:
+        """Before the workers look for each other."""
+        ip = ray.util.get_node_ip_address()
+        for name, addresses in psutil.net_if_addrs().items():
+            if ip in {address.address for address in addresses}:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 class LeaveOnSigterm(WorkerCallback):

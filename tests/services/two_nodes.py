@@ -160,7 +160,7 @@ class Nodes:
             f"--node-ip-address={node.ip}", f"--num-cpus={num_cpus}", f"--temp-dir={sockets}",
             "--object-store-memory=100000000", "--disable-usage-stats", *arguments,
         )  # fmt: skip
-        environment = self.environment | {"SPECK_STORE": str(node.disk / "store"), "GLOO_SOCKET_IFNAME": INTERFACE}
+        environment = self.environment | {"SPECK_STORE": str(node.disk / "store")}
         log = node.disk / "ray.log"
         process = self._stack.enter_context(guarded(command, environment, log))
         self._stack.callback(node.kill)
