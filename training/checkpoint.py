@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from data.whole_file import write_whole
 from training.store import MANIFEST, RunStore, StorageDamaged
@@ -40,7 +40,7 @@ class Manifest(BaseModel):
     run_key: str
     step: int
     epoch: int
-    score: float | None = None
+    score: float | None = Field(None, exclude_if=lambda score: score is None)
     sha256: dict[str, str]
 
 

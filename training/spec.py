@@ -22,6 +22,11 @@ from data.tiling import TileGrid
 MAX_INPUT_PX = 8192
 
 
+def _later(default: Any, **rules: Any) -> Any:
+    """A field that came later: not written at its default, so that what was stored before it was there keeps its hash."""
+    return Field(default, exclude_if=lambda value: value == default, **rules)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -86,15 +91,14 @@ class TrainingSpec(_Section):
     ema_ramp_steps: float = Field(2000.0, gt=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     validate_every_epochs: int = Field(1, ge=1)
-    # Left out where there is none: the keys of runs that start cold stay what they were before this field was there.
-    warm_start: str | None = Field(None, exclude_if=lambda weights: weights is None)
-    freeze: tuple[str, ...] = Field((), exclude_if=lambda parts: not parts)
-    repeat_threshold: float = Field(0.0, ge=0, le=1, exclude_if=lambda threshold: threshold == 0)
-    accumulation: int = Field(1, ge=1, exclude_if=lambda parts: parts == 1)
-    sync_batch_norm: bool = Field(True, exclude_if=lambda on: on)
-    clip_norm: float | None = Field(None, gt=0, exclude_if=lambda norm: norm is None)
-    patience_epochs: int | None = Field(None, ge=1, exclude_if=lambda epochs: epochs is None)
-    compile: bool = Field(False, exclude_if=lambda on: not on)
+    warm_start: str | None = _later(None)
+    freeze: tuple[str, ...] = _later(())
+    repeat_threshold: float = _later(0.0, ge=0, le=1)
+    accumulation: int = _later(1, ge=1)
+    sync_batch_norm: bool = _later(True)
+    clip_norm: float | None = _later(None, gt=0)
+    patience_epochs: int | None = _later(None, ge=1)
+    compile: bool = _later(False)
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -118,12 +122,9 @@ class ScoringSpec(_Section):
     max_detections: int = Field(500, ge=1)
     max_candidates: int = Field(10_000, ge=1)
     max_dets: int = Field(100, ge=1)
-    # These are left out where there is nothing to say: the keys of scores from before they were there stay the same.
-    tiling: TileGrid | None = Field(None, exclude_if=lambda tiling: tiling is None)
-    input_size_px: int | None = Field(
-        None, ge=32, le=MAX_INPUT_PX, multiple_of=32, exclude_if=lambda side: side is None
-    )
-    flip: bool = Field(False, exclude_if=lambda flip: not flip)
+    tiling: TileGrid | None = _later(None)
+    input_size_px: int | None = _later(None, ge=32, le=MAX_INPUT_PX, multiple_of=32)
+    flip: bool = _later(False)
 
 
 class ComputeSpec(_Section):
@@ -142,19 +143,19 @@ class ComputeSpec(_Section):
     """
 
     workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
-    resize_every_s: float = Field(60.0, gt=0)
-    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
-    accelerator: str | None = None
+    resize_every_s: float = _later(60.0, gt=0)
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = _later("PACK")
+    accelerator: str | None = _later(None)
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     loader_processes: int = Field(0, ge=0)
     cache_gib: float = Field(1.0, ge=0)
-    checkpoint_every_minutes: float = Field(10.0, gt=0)
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_every_minutes: float = _later(10.0, gt=0)
+    keep_checkpoints: int = _later(2, ge=1)
     max_failures: int = Field(2, ge=0)
-    hang_timeout_s: float = Field(900.0, gt=0)
-    price_per_hour: float | None = Field(None, ge=0)
-    profile: bool = False
+    hang_timeout_s: float = _later(900.0, gt=0)
+    price_per_hour: float | None = _later(None, ge=0)
+    profile: bool = _later(False)
 
     @model_validator(mode="after")
     def _possible(self) -> ComputeSpec:
