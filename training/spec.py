@@ -23,7 +23,7 @@ MAX_INPUT_PX = 8192
 
 
 def _later(default: Any, **rules: Any) -> Any:
-    """A field that came later: not written at its default, so that what was stored before it was there keeps its hash."""
+    """A field that came later: left out at its default, so that what was stored before it keeps its hash."""
     return Field(default, exclude_if=lambda value: value == default, **rules)
 
 
