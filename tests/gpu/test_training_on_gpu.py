@@ -35,7 +35,7 @@ def test_a_run_learns_says_where_its_time_goes_and_goes_on_within_an_epoch(
 
     hooks = Hooks(
         lambda metrics, *_: reports.append(metrics),
-        checkpoint=lambda step, epoch, save, _: save(tmp_path / "within"),
+        checkpoint=lambda _step, _epoch, save, _: save(tmp_path / "within"),
         asked=asked,
     )
     workers = Workers(0, 1, torch.device("cuda", 0))
