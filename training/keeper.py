@@ -49,20 +49,26 @@ class Keeper:
         self.wait()
         if self._lost_in_a_row >= MAX_LOST_IN_A_ROW and self._lost is not None:
             raise self._lost
-        folder = Path(tempfile.mkdtemp(prefix="speck-checkpoint-"))
+        saved = self._saved(save)
+        if saved is not None or entry is not None:
+            self._under_way = self._pool.submit(self._put, saved, entry)
+        return saved is not None
+
+    def _saved(self, save: Callable[[Path], Manifest]) -> tuple[Path, Manifest] | None:
+        """The checkpoint on this node's disk, None if that is full."""
+        folder: Path | None = None
         try:
-            manifest = save(folder)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            folder = Path(tempfile.mkdtemp(prefix="speck-checkpoint-"))
+            return folder, save(folder)
+        except BaseException as error:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, OSError) or error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise
-            self._lose(StorageFull(f"{folder}: no room for a checkpoint on this node's disk; free some, or set TMPDIR"))
-            return False
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._under_way = self._pool.submit(self._put, folder, manifest, entry)
-        return True
+        self._lose(
+            StorageFull(f"{tempfile.gettempdir()}: no room for a checkpoint on this node's disk. Free some space")
+        )
+        return None
 
     def wait(self) -> None:
         """Wait for what is under way."""
@@ -75,7 +81,14 @@ class Keeper:
         self._pool.shutdown(wait=True)
         self._write_entries()
 
-    def _put(self, folder: Path, manifest: Manifest, entry: JournalEntry | None) -> None:
+    def _put(self, saved: tuple[Path, Manifest] | None, entry: JournalEntry | None) -> None:
+        if saved is not None:
+            self._bring(*saved)
+        if entry is not None:
+            self._entries.append(entry)
+        self._write_entries()
+
+    def _bring(self, folder: Path, manifest: Manifest) -> None:
         try:
             # No two have one name, for a step may be reached twice.
             name = f"{CHECKPOINTS}/{manifest.step:09d}-{secrets.token_hex(3)}"
@@ -89,9 +102,6 @@ class Keeper:
             self._lose(error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        if entry is not None:
-            self._entries.append(entry)
-        self._write_entries()
 
     def _lose(self, error: StorageUnavailable) -> None:
         self._lost, self._lost_in_a_row = error, self._lost_in_a_row + 1

@@ -165,7 +165,9 @@ def test_training_stops_rather_than_go_on_unkept(store: Moody, keeper: Keeper) -
     keeper.close()
 
 
-def test_a_full_disk_of_the_node_is_told_and_other_errors_are_raised(keeper: Keeper, said: list[str]) -> None:
+def test_a_full_disk_of_the_node_is_told_and_other_errors_are_raised(
+    store: Moody, keeper: Keeper, said: list[str]
+) -> None:
     def full(folder: Path) -> Manifest:
         (folder / "half").write_bytes(b"x")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -173,8 +175,10 @@ def test_a_full_disk_of_the_node_is_told_and_other_errors_are_raised(keeper: Kee
     def broken(folder: Path) -> Manifest:
         raise ValueError("JSON compliant")
 
-    assert not keeper.keep(full, can_wait=False)
+    assert not keeper.keep(full, entry(6), can_wait=False)
     assert "no room for a checkpoint on this node's disk" in said[0]
+    keeper.wait()
+    assert read_journal(store) == [entry(6)], "what the epoch measured is told all the same"
     with pytest.raises(ValueError, match="JSON"):
         keeper.keep(broken, can_wait=False)
     keeper.keep(full, can_wait=False)
