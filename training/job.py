@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 from ray.train import TrainingFailedError
 
-from training.launch import build_trainer, causes_told
+from training.launch import build_trainer, causes_told, see_nodes_anew
 from training.meter import PROGRESS_MARK
 from training.records import Attempt, read_attempt
 from training.retry import Failure, GiveUp, classify, decide
@@ -71,6 +71,7 @@ def train(attempt: Attempt, run_url: str, ray_folder: Path) -> None:
         print(f"{PROGRESS_MARK} {history[-1].cause}", flush=True)
         print(f"{PROGRESS_MARK} {decision.told}", flush=True)
         time.sleep(decision.pause_s)
+        see_nodes_anew()
         accumulation = decision.accumulation
 
 

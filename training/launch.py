@@ -79,6 +79,17 @@ def on_workers(
     )
 
 
+def see_nodes_anew() -> None:
+    """Elastic workers are counted by a view of the nodes that may be from before one was lost."""
+    # Here, because Ray Data is slow to import.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    with suppress(RayError):
+        ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True), timeout=10)
+
+
 class AtNodeAddress(WorkerCallback):
     """Has Gloo use the interface with the node's address: left alone it takes the one that the hostname stands for,
     which on many machines is the loopback.

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import psutil
 from chaos.processes import wait_until
 
 from infra.servers import guarded
@@ -81,19 +80,6 @@ class Node:
                     os.kill(pid, signal.SIGKILL)
             assert time.monotonic() < deadline, f"{processes} on {self.name} do not die"
             time.sleep(0.05)
-
-    @contextmanager
-    def frozen(self, naming: str) -> Iterator[None]:
-        """Within the block, processes whose command line holds `naming` stand still, as on a machine that swaps."""
-        found = [process for pid in self.processes() if naming in " ".join((process := psutil.Process(pid)).cmdline())]
-        assert found, f"no {naming} on {self.name}"
-        for process in found:
-            process.suspend()
-        try:
-            yield
-        finally:
-            for process in found:
-                process.resume()
 
     def _exists(self) -> bool:
         return Path("/run/netns", self.name).exists()
