@@ -4,42 +4,28 @@ from __future__ import annotations
 
 import re
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import psutil
 import pytest
+from chaos.cells import Cell, faulty_code
 from chaos.processes import MARK, left_after, marked, new_mark, wait_until
 from services.fault_proxy import FaultProxy, fault_proxy
 from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
 
 from training.checkpoint import CHECKPOINTS, newest_first, newest_valid, verify_checkpoint
-from training.jobs import CellFailed, Jobs, code_snapshot, embedded_cluster
+from training.jobs import Jobs, embedded_cluster
 from training.records import RESULT, RunResult, attempt_name, hash_files, read_journal, read_result, record_attempt
 from training.spec import ComputeSpec, RunSpec
 from training.store import RunStore, open_store
 
-ROOT = Path(__file__).parents[2]
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 MakeSpec = Callable[..., RunSpec]
-# Joined to the worker's own code: `config` is what the worker is told.
-SHIM = """
-
-_train_worker = train_worker
-
-
-def train_worker(config):
-    from pathlib import Path
-    import os, threading
-    marker = Path({marker!r})
-{body}
-    _train_worker(config)
-"""
 SLOW = """
 import time, training.loop
 real = training.loop.to_device
@@ -77,33 +63,6 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass
-class Cell:
-    """One submitted attempt, followed by a thread."""
-
-    jobs: Jobs
-    submission_id: str
-    folder: Path
-    lines: list[str] = field(default_factory=list)
-    failed: CellFailed | None = None
-
-    def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def _follow(self) -> None:
-        try:
-            self.jobs.follow(self.submission_id, self.lines.append)
-        except CellFailed as error:
-            self.failed = error
-
-    def join(self) -> str:
-        """Wait for its end; returns what it said."""
-        self._thread.join(200)
-        assert not self._thread.is_alive(), "\n".join(self.lines)
-        return "\n".join(self.lines)
-
-
-@dataclass
 class Service:
     """An embedded cluster; `start` submits the next attempt of a run, with a fault in its workers' code if given."""
 
@@ -119,18 +78,13 @@ class Service:
         folder = self.home / "copies" / spec.run_key
         attempt = record_attempt(folder, spec, data_source=self.source, code_hash="c" * 12)
         store.write(attempt_name(attempt.number), (folder / attempt_name(attempt.number)).read_bytes())
-        with code_snapshot(ROOT) as code:
+        with faulty_code() as code:
             return Cell(self.jobs, self.jobs.submit(attempt, store.url, code), folder), store
 
     def start(self, spec: RunSpec, fault: str = "", *, runs: Path | None = None) -> Cell:
         folder = (runs or self.home / "runs") / spec.run_key
         attempt = record_attempt(folder, spec, data_source=self.source, code_hash="c" * 12)
-        with code_snapshot(ROOT) as code:
-            if fault:
-                worker = code / "training" / "worker.py"
-                body = "\n".join(f"    {line}" for line in fault.splitlines())
-                marker = str(self.home / f"fault-{spec.run_key}")
-                worker.write_text(worker.read_text() + SHIM.format(marker=marker, body=body))
+        with faulty_code(fault and f"marker = Path({str(self.home / f'fault-{spec.run_key}')!r})\n{fault}") as code:
             return Cell(self.jobs, self.jobs.submit(attempt, folder, code), folder)
 
     def workers(self) -> list[psutil.Process]:
