@@ -20,17 +20,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from data.decode import read_bgr
 from data.headers import read_header
-from data.loader import AugmentConfig, DetectionDataset, GlobalBatchSampler, collate, init_worker
+from data.loader import AugmentConfig, DetectionDataset
 from models.interface import Targets
 from tests.bench_evaluation import evaluation_against_pycocotools, memory_of_a_large_set
+from tests.bench_training import training_benches, waiting_for_data
 from training.jobs import ALLOCATOR
-from training.loop import to_device
 
 REPEATS = 5
 
@@ -50,6 +49,7 @@ def main() -> None:
         mosaics_from_the_cache_against_decoding(Path(folder))
         for num_processes in (0, 1):
             waiting_for_data(Path(folder), num_processes)
+    training_benches()
     step_in_bf16_against_fp32("yolox-nano", size_px=320)
     step_in_bf16_against_fp32("yolox-s", size_px=640)
     for name in ("yolox-nano", "yolox-tiny", "yolox-s", "yolov8-n", "yolov8-n-p2"):
@@ -224,36 +224,6 @@ def mosaics_from_the_cache_against_decoding(folder: Path, size_px: int = 640, nu
                 flush=True,
             )
     cv2.setNumThreads(threads)
-
-
-def waiting_for_data(folder: Path, num_processes: int, size_px: int = 640, batch: int = 8) -> None:
-    """The share of a step in which the model waits for its batch, in the epoch after the first."""
-    dataset = _photos(folder, size_px, cache_bytes=2**30)
-    sampler = GlobalBatchSampler(len(dataset), global_batch=batch, rank=0, world_size=1, seed=0)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_processes,
-        persistent_workers=num_processes > 0,
-        worker_init_fn=init_worker,
-    )
-    detector = _detector("yolox-nano").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # The first epoch decodes.
-    list(loader)
-    shares, waited = [], time.perf_counter()
-    for loaded in loader:
-        started = time.perf_counter()
-        _step(detector, *to_device(loaded, torch.device("cpu")), bf16=True)
-        finished = time.perf_counter()
-        shares.append((started - waited) / (finished - waited))
-        waited = finished
-    share = statistics.median(shares)
-    print(
-        f"yolox-nano step at {size_px} px, batch {batch}, {num_processes} loader processes: {share:.1%} is waiting for "
-        "data",
-        flush=True,
-    )
 
 
 def _photos(folder: Path, size_px: int, **cache: Any) -> DetectionDataset:

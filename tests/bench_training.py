@@ -1,0 +1,279 @@
+"""The training's part of `make bench`: what the loop adds to a network, Ray Train against torchrun, one worker and two.
+
+Steps are timed in processor seconds of one thread, so that neighbours count little; trainings by the clock, from the
+journals that real runs leave.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.interface import Targets
+from tests.conftest import CARD, store, write_squares
+from training.feeding import to_device, training_data
+from training.jobs import Jobs, code_snapshot, embedded_cluster
+from training.loop import Hooks, train_one_epoch
+from training.records import JournalEntry, read_journal, read_result, record_attempt
+from training.shares import PARTS
+from training.spec import ArchitectureSpec, ComputeSpec, DatasetSpec, RunSpec, TrainingSpec, resolve_precision
+from training.state import TrainingState, build_state, set_training_mode
+from training.workers import Workers
+
+ROOT = Path(__file__).parents[1]
+ALONE = Workers(0, 1, torch.device("cpu"))
+REPEATS = 3
+NOTHING = Hooks(lambda *_: None)
+
+
+def training_benches() -> None:
+    """All but `waiting_for_data`, which needs large pictures."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="speck-bench-") as folder:
+        prepared = Path(folder) / "prepared"
+        write_squares(prepared, {"train": 96, "val": 8, "test": 8})
+        for name in ("yolox-nano", "yolox-s"):
+            our_step_against_bare(name, prepared)
+        trainings(Path(folder), prepared)
+    torch.set_num_threads(num_threads)
+
+
+def our_step_against_bare(name: str, folder: Path, size_px: int = 320, num_steps: int = 2) -> None:
+    """Forward, backward and optimiser of a network alone, and with its losses, against a step of the training loop."""
+    spec = run_spec(name, size_px=size_px)
+    batches = first_epoch(spec, folder)[:num_steps]
+    ready = [to_device(batch, ALONE.device) for batch in batches]
+    ours, bare, lossy = (build_state(spec, ALONE.device) for _ in range(3))
+    for state in (bare, lossy):
+        set_training_mode(state.model, spec)
+
+    def step() -> None:
+        ours.steps_in_epoch = 0
+        train_one_epoch(spec, ours, ours.model, batches, ALONE, NOTHING, closing=False)  # type: ignore[arg-type]
+
+    sides: tuple[Callable[[], object], ...] = (
+        step,
+        partial(bare_steps, spec, bare, ready, mean_output),
+        partial(bare_steps, spec, lossy, ready, mean_loss),
+    )
+    seconds: list[list[float]] = [[] for _ in sides]
+    for _ in range(2 * REPEATS):
+        for side, times in zip(sides, seconds, strict=True):
+            started = time.process_time()
+            side()
+            times.append((time.process_time() - started) / num_steps)
+    # The first of each allocates.
+    our, alone, with_losses = (statistics.median(times[1:]) for times in seconds)
+    title = f"{name} at {size_px} px, batch {spec.training.batch_size}, {spec.training.precision}, one thread"
+    print(
+        f"{title}: forward, backward, optimiser against our step: {alone:.3f} s / {our:.3f} s = {alone / our:.1%}; "
+        f"losses included: {with_losses:.3f} s, {with_losses / our:.1%}",
+        flush=True,
+    )
+
+
+def bare_steps(
+    spec: RunSpec,
+    state: TrainingState,
+    batches: Sequence[tuple[Tensor, Targets]],
+    loss: Callable[[TrainingState, Any, Targets], Tensor],
+) -> None:
+    """What no training does without."""
+    for images, targets in batches:
+        state.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.training.precision == "bf16"):
+            predictions = state.model(images)
+        loss(state, predictions, targets).backward()
+        state.optimizer.step()
+
+
+def mean_output(state: TrainingState, predictions: Any, targets: Targets) -> Tensor:
+    """A loss that costs next to nothing."""
+    outputs = (value for value in vars(predictions).values() if isinstance(value, Tensor) and value.requires_grad)
+    return torch.stack([output.mean() for output in outputs]).sum()
+
+
+def mean_loss(state: TrainingState, predictions: Any, targets: Targets) -> Tensor:
+    """The losses that are trained with."""
+    losses = state.detector.criterion(predictions, targets)
+    return torch.stack([total / losses.counts[term].clamp(min=1) for term, total in losses.sums.items()]).sum()
+
+
+def waiting_for_data(folder: Path, num_processes: int, size_px: int = 640) -> None:
+    """The share of an epoch that waits for batches, when every picture has been decoded before."""
+    spec = run_spec("yolox-nano", size_px=size_px, compute=ComputeSpec(workers=1, loader_processes=num_processes))
+    state = build_state(spec, ALONE.device)
+    dataset, sampler, loader = training_data(spec, folder, ALONE, None)
+    list(loader)
+    shares = []
+    for epoch in range(REPEATS):
+        dataset.set_epoch(epoch, joins=True)
+        sampler.set_epoch(epoch)
+        state.steps_in_epoch = 0
+        metrics = train_one_epoch(spec, state, state.model, loader, ALONE, NOTHING, closing=False)
+        shares.append(metrics["share/data_wait"])
+    print(
+        f"yolox-nano training at {size_px} px, batch {spec.training.batch_size}, {num_processes} loader processes: "
+        f"{statistics.median(shares):.1%} is waiting for data",
+        flush=True,
+    )
+
+
+class Ran(NamedTuple):
+    """What a run's journal says of its epochs after the first, and what came before and after: all in seconds."""
+
+    images_per_s: float
+    shares: dict[str, float]
+    cluster_s: float
+    start_s: float
+    report_s: float
+    end_s: float
+
+
+def trainings(folder: Path, prepared: Path) -> None:
+    """Whole runs, one after the other in turns: by Ray Train and by torchrun, of one worker and of two."""
+    source = folder / "storage"
+    version = store(prepared, source)
+    os.environ["SPECK_STORE"] = str(folder / "store")
+    two, one, apart = (
+        partial(
+            run_spec, "yolox-nano", size_px=320, version=version, epochs=4, batch_size=16, closing_epochs=0,
+            validate_every_epochs=9, compute=ComputeSpec(workers=workers, max_failures=0), sync_batch_norm=sync,
+        )
+        for workers, sync in ((2, True), (1, True), (2, False))
+    )  # fmt: skip
+    sides: dict[str, Callable[[int], list[Ran]]] = {
+        "Ray Train, 2 workers": lambda seed: [by_ray(folder / f"ray-{seed}", two(seed=seed), source)],
+        "torchrun, 2 workers": lambda seed: by_torchrun([folder / f"two-{seed}"], two(seed=seed), source),
+        "torchrun, 1 worker": lambda seed: by_torchrun([folder / f"one-{seed}"], one(seed=seed), source),
+        "torchrun, 2 workers without SyncBN": lambda seed: by_torchrun(
+            [folder / f"apart-{seed}"], apart(seed=seed), source
+        ),
+        "2 runs of 1 worker at once": lambda seed: by_torchrun(
+            [folder / f"{which}-{seed}" for which in ("left", "right")], one(seed=seed), source
+        ),
+    }
+    runs: dict[str, list[list[Ran]]] = {name: [] for name in sides}
+    for seed in range(REPEATS):
+        for name, side in sides.items():
+            runs[name].append(side(seed))
+    pace = {name: statistics.median(sum(run.images_per_s for run in both) for both in of) for name, of in runs.items()}
+    ray, torchrun, alone, unsynced, at_once = pace.values()
+    print(f"yolox-nano at 320 px, batch 16, {one().training.precision}, one thread a worker, epochs after the first:")
+    print(f"    Ray Train against torchrun, 2 workers: {ray:.2f} / {torchrun:.2f} images/s = {ray / torchrun:.3f}")
+    print(f"    1 to 2 workers: {torchrun:.2f} / {alone:.2f} images/s = {torchrun / alone:.2f}")
+    print(f"    the same without SyncBN: {unsynced:.2f} / {alone:.2f} = {unsynced / alone:.2f}")
+    print(f"    2 runs at once that share nothing, all that there is room for: {at_once / alone:.2f}")
+    for name, of in runs.items():
+        describe(name, [run for both in of for run in both])
+
+
+def describe(name: str, runs: list[Ran]) -> None:
+    """Print where the time of a kind of runs went."""
+    shares = {part: statistics.median(run.shares[part] for run in runs) for part in PARTS}
+    cluster_s, start_s, report_s, end_s = (
+        statistics.median(getattr(run, what) for run in runs) for what in ("cluster_s", "start_s", "report_s", "end_s")
+    )
+    print(f"    {name}: " + ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
+    cluster = f"cluster {cluster_s:.1f} s, " if cluster_s else ""
+    print(
+        f"        {cluster}start to first step {start_s:.1f} s, a report {report_s:.2f} s, result to end {end_s:.1f} s",
+        flush=True,
+    )
+
+
+def by_ray(folder: Path, spec: RunSpec, source: Path) -> Ran:
+    """One Ray job on a cluster of its own: another run must not have the cluster's daemons beside it."""
+    started = time.time()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(embedded_cluster(folder, num_cpus=2))
+        jobs = Jobs(cluster)
+        submitted = time.time()
+        run_folder = folder / spec.run_key
+        attempt = record_attempt(run_folder, spec, data_source=str(source), code_hash="0" * 12)
+        with code_snapshot(ROOT) as code:
+            jobs.follow(jobs.submit(attempt, run_folder, code), lambda _: None)
+        ended = time.time()
+    return read(run_folder, submitted, ended)._replace(cluster_s=submitted - started + time.time() - ended)
+
+
+def by_torchrun(folders: list[Path], spec: RunSpec, source: Path) -> list[Ran]:
+    """As many equal runs at once as there are folders."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(spec.compute.workers), "-m", "training.loop"]
+    started, processes = time.time(), []
+    for folder in folders:
+        folder.mkdir()
+        (folder / "spec.json").write_text(spec.model_dump_json())
+        arguments = [str(folder / "spec.json"), "--runs", str(folder), "--data", str(source)]
+        output = (folder / "output").open("wb")
+        processes.append(subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=output))
+    ran = []
+    for folder, process in zip(folders, processes, strict=True):
+        if process.wait():
+            raise RuntimeError((folder / "output").read_text())
+        ran.append(read(folder / spec.run_key, started, time.time()))
+    return ran
+
+
+def read(run_folder: Path, started: float, ended: float) -> Ran:
+    """From the records of a run that was started and ended at these times, in seconds since the epoch."""
+    journal, result = read_journal(run_folder), read_result(run_folder)
+    assert result is not None
+    steady = journal[1:]
+
+    def reported(entry: JournalEntry) -> float:
+        return entry.timestamp_ms / 1000
+
+    return Ran(
+        images_per_s=statistics.median(entry.metrics["train/images_per_s"] for entry in steady),
+        shares={part: statistics.mean(entry.metrics[f"share/{part}"] for entry in steady) for part in PARTS},
+        cluster_s=0.0,
+        start_s=reported(journal[0]) - journal[0].seconds - started,
+        report_s=statistics.median(
+            reported(entry) - entry.seconds - reported(before) for before, entry in zip(journal, steady, strict=False)
+        ),
+        end_s=ended - result.finished_ms / 1000,
+    )
+
+
+def first_epoch(spec: RunSpec, folder: Path) -> list[Any]:
+    """Its batches."""
+    dataset, sampler, loader = training_data(spec, folder, ALONE, None)
+    dataset.set_epoch(0, joins=True)
+    sampler.set_epoch(0)
+    return list(loader)
+
+
+def run_spec(
+    name: str,
+    *,
+    size_px: int,
+    version: str = "0" * 32,
+    seed: int = 0,
+    compute: ComputeSpec = ComputeSpec(workers=1),  # noqa: B008 (frozen)
+    **training: Any,
+) -> RunSpec:
+    """A run on the squares of the tests, in the precision that this machine is good at."""
+    values = {"batch_size": 8, "precision": resolve_precision("auto", gpus_per_worker=0)} | training
+    return RunSpec(
+        architecture=ArchitectureSpec(name=name),
+        dataset=DatasetSpec(name=CARD.name, version=version, card=CARD),
+        training=TrainingSpec(input_size_px=size_px, **values),
+        compute=compute,
+        seed=seed,
+    )
