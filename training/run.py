@@ -98,7 +98,8 @@ def run_attempt(
             usage.resumed(*_place(checkpoint))
             if checkpoint is not None:
                 complete_journal(store, attempt, checkpoint)
-            keeper = Keeper(store, num_kept=spec.compute.keep_checkpoints, say=say)
+            resumed = None if checkpoint is None else checkpoint.name
+            keeper = Keeper(store, num_kept=spec.compute.keep_checkpoints, say=say, resumed=resumed)
             stack.callback(keeper.close)
         requests = _Requests(store, attempt, usage, preempting)
         stack.callback(requests.close)
