@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINTS = "checkpoints"
-NUM_CHECKPOINTS_KEPT = 2
 
 
 class CorruptCheckpoint(ValueError):
@@ -68,7 +67,7 @@ def save_checkpoint(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, each tensor on the CPU in plain memory order. Raises OSError, as when a disk is full."""
+    """Write a safetensors file, each tensor on the CPU in plain memory order. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

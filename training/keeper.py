@@ -27,13 +27,20 @@ class Keeper:
     storage did not take.
 
     `resumed`: name of the checkpoint that this run goes on from, see `newest_valid`. Those further than that are
-    damaged: they stay, and push no sound one out. What a killed upload left is deleted.
+    damaged: they stay, and push no sound one out. What a killed upload left is deleted. `here`: the folder on this
+    node's disk, unless that is TMPDIR.
     """
 
     def __init__(
-        self, store: RunStore, *, num_kept: int, say: Callable[[str], None], resumed: str | None = None
+        self,
+        store: RunStore,
+        *,
+        num_kept: int,
+        say: Callable[[str], None],
+        resumed: str | None = None,
+        here: Path | None = None,
     ) -> None:
-        self._store, self._num_kept, self._say = store, num_kept, say
+        self._store, self._num_kept, self._say, self._here = store, num_kept, say, here
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._under_way: Future[None] | None = None
         self._kept = _known(store, resumed)
@@ -63,7 +70,7 @@ class Keeper:
         """The checkpoint on this node's disk, None if that is full."""
         folder: Path | None = None
         try:
-            folder = Path(tempfile.mkdtemp(prefix="speck-checkpoint-"))
+            folder = Path(tempfile.mkdtemp(prefix="speck-checkpoint-", dir=self._here))
             return folder, save(folder)
         except BaseException as error:
             if folder is not None:
