@@ -15,7 +15,6 @@ from evaluation.result import score_key
 from flows.mirror import Mirror
 from flows.settings import REPO, Settings
 from training.checkpoint import (
-    NUM_CHECKPOINTS_KEPT,
     CorruptCheckpoint,
     newest_first,
     read_manifest,
@@ -25,7 +24,7 @@ from training.code import training_code_hash
 from training.probe import Probe, probe
 from training.records import CorruptResult, JournalEntry, RunResult, latest_code_hash, read_journal, read_result
 from training.scoring import score_options
-from training.spec import RunSpec
+from training.spec import ComputeSpec, RunSpec
 from training.state import fit, warm_start_path
 
 OnCodeChange = Literal["warn", "retrain"]
@@ -187,7 +186,7 @@ class _Pace:
         except Exception:
             # An architecture that does not run is the fault of its own cells: they will say why.
             return None
-        return None if probed is None else _probed(probed, spec.compute.max_workers)
+        return None if probed is None else _probed(probed, spec.compute)
 
 
 def _kind(spec: RunSpec) -> tuple[Any, ...]:
@@ -239,11 +238,14 @@ def _images_trained(entry: JournalEntry) -> float:
     return entry.metrics.get("train/images_per_s", 0.0) * entry.metrics.get("time/train_s", 0.0)
 
 
-def _probed(found: Probe, workers: int) -> _Speed:
+def _probed(found: Probe, compute: ComputeSpec) -> _Speed:
+    workers = compute.max_workers
+    # The latest, and the best beside them.
+    num_checkpoints = compute.keep_checkpoints + 1
     return _Speed(
         train_s_per_image=found.train_s_per_image / workers,
         score_s_per_image=found.score_s_per_image / workers,
         overhead_s=OVERHEAD_S,
-        disk_bytes=NUM_CHECKPOINTS_KEPT * found.checkpoint_bytes + found.checkpoint_bytes // 4 + PICTURES_BYTES,
+        disk_bytes=num_checkpoints * found.checkpoint_bytes + found.checkpoint_bytes // 4 + PICTURES_BYTES,
         source="probe",
     )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-import json
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from training.checkpoint import CHECKPOINTS, Manifest
 from training.records import JournalEntry, write_entry
-from training.store import MANIFEST, RunStore, StorageFull, StorageUnavailable
+from training.store import MANIFEST, RunStore, StorageDamaged, StorageFull, StorageUnavailable
 
 # Checkpoints in a row that the storage may fail to take before training stops: it must not run for days unkept.
 MAX_LOST_IN_A_ROW = 3
@@ -25,13 +25,25 @@ class Keeper:
     A checkpoint is written to this node's disk at once, for training changes what it holds, and brought to the storage
     while training goes on. The latest `num_kept` stay there, and the one with the best score. `say` is told of what the
     storage did not take.
+
+    `resumed`: name of the checkpoint that this run goes on from, see `newest_valid`. Those further than that are
+    damaged: they stay, and push no sound one out. What a killed upload left is deleted. `here`: the folder on this
+    node's disk, unless that is TMPDIR.
     """
 
-    def __init__(self, store: RunStore, *, num_kept: int, say: Callable[[str], None]) -> None:
-        self._store, self._num_kept, self._say = store, num_kept, say
+    def __init__(
+        self,
+        store: RunStore,
+        *,
+        num_kept: int,
+        say: Callable[[str], None],
+        resumed: str | None = None,
+        here: Path | None = None,
+    ) -> None:
+        self._store, self._num_kept, self._say, self._here = store, num_kept, say, here
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._under_way: Future[None] | None = None
-        self._kept = _known(store)
+        self._kept = _known(store, resumed)
         self._entries: list[JournalEntry] = []
         self._lost_in_a_row = 0
         self._lost: StorageUnavailable | None = None
@@ -58,7 +70,7 @@ class Keeper:
         """The checkpoint on this node's disk, None if that is full."""
         folder: Path | None = None
         try:
-            folder = Path(tempfile.mkdtemp(prefix="speck-checkpoint-"))
+            folder = Path(tempfile.mkdtemp(prefix="speck-checkpoint-", dir=self._here))
             return folder, save(folder)
         except BaseException as error:
             if folder is not None:
@@ -82,6 +94,8 @@ class Keeper:
         self._write_entries()
 
     def _put(self, saved: tuple[Path, Manifest] | None, entry: JournalEntry | None) -> None:
+        # What waits is of earlier epochs, which training does not pass again once this checkpoint is there.
+        self._write_entries()
         if saved is not None:
             self._bring(*saved)
         if entry is not None:
@@ -95,13 +109,17 @@ class Keeper:
             self._store.upload(folder, name, last=MANIFEST)
             self._kept[name] = manifest
             self._lost_in_a_row = 0
-            for old in _surplus(self._kept, self._num_kept):
-                self._store.delete(old)
-                del self._kept[old]
         except StorageUnavailable as error:
             self._lose(error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        for old in _surplus(self._kept, self._num_kept):
+            try:
+                self._store.delete(old)
+            except StorageUnavailable as error:
+                self._say(f"an old checkpoint stays: {error}")
+                return
+            del self._kept[old]
 
     def _lose(self, error: StorageUnavailable) -> None:
         self._lost, self._lost_in_a_row = error, self._lost_in_a_row + 1
@@ -117,17 +135,22 @@ class Keeper:
             del self._entries[0]
 
 
-def _known(store: RunStore) -> dict[str, Manifest]:
-    """The checkpoints that are there, by name; what has no readable manifest is left to `newest_valid`."""
-    known = {}
-    for name in store.names(CHECKPOINTS):
-        folder, _, file = name.rpartition("/")
-        if file == MANIFEST:
-            try:
-                known[folder] = Manifest.model_validate(json.loads(store.read(name)))
-            except (FileNotFoundError, ValueError):
-                continue
-    return known
+def _known(store: RunStore, resumed: str | None) -> dict[str, Manifest]:
+    """The checkpoints that are there up to `resumed`, by name; those without a readable manifest are none."""
+    known: dict[str, Manifest] = {}
+    names = store.names(CHECKPOINTS)
+    for folder in sorted({"/".join(name.split("/")[:2]) for name in names if name.count("/") > 1}):
+        if f"{folder}/{MANIFEST}" not in names:
+            with suppress(StorageUnavailable):
+                store.delete(folder)
+            continue
+        with suppress(FileNotFoundError, ValueError, StorageDamaged):
+            known[folder] = Manifest.model_validate_json(store.read(f"{folder}/{MANIFEST}"))
+    furthest = f"{CHECKPOINTS}/{resumed}"
+    if furthest not in known:
+        return {}
+    last = (known[furthest].step, furthest)
+    return {folder: manifest for folder, manifest in known.items() if (manifest.step, folder) <= last}
 
 
 def _surplus(kept: dict[str, Manifest], num_kept: int) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from training.records import (
 )
 from training.requests import Asked
 from training.scoring import Scored, Split, score_split
+from training.scratch import scratch_folder
 from training.spec import RunSpec
 from training.state import WarmStart, warm_start_path
 from training.store import FolderStore, RunStore, StorageUnavailable
@@ -88,17 +88,13 @@ def run_attempt(
         usage = UsageLog(store, attempt, workers.world_size, say) if workers.rank == 0 else None
         if usage is not None:
             stack.callback(usage.close)
-        watchdog = stack.enter_context(Watchdog(spec.compute.hang_timeout_s, f"worker {workers.rank}"))
-        here = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="speck-run-")))
+        here = stack.enter_context(scratch_folder())
+        # Nobody watches this yet: a large dataset takes its time, and each of its requests has a limit of its own.
         dataset_folder = on_this_node(spec.dataset.name, spec.dataset.version, attempt.data_source)
-        cache_folder = picture_folder(default_root(), spec.dataset.version)
         checkpoint = _newest_checkpoint(store, workers, here / CHECKPOINTS)
-        keeper: Keeper | None = None
-        if usage is not None:
-            usage.resumed(*_place(checkpoint))
-            if checkpoint is not None:
-                complete_journal(store, attempt, checkpoint)
-            keeper = Keeper(store, num_kept=spec.compute.keep_checkpoints, say=say)
+        watchdog = stack.enter_context(Watchdog(spec.compute.hang_timeout_s, f"worker {workers.rank}"))
+        keeper = None if usage is None else _keeper(store, attempt, usage, checkpoint, here, say)
+        if keeper is not None:
             stack.callback(keeper.close)
         requests = _Requests(store, attempt, usage, preempting)
         stack.callback(requests.close)
@@ -109,17 +105,9 @@ def run_attempt(
         if usage is not None and spec.compute.profile:
             trace = StepTrace(artifacts / TRACE, on_gpu=workers.device.type == "cuda", say=say)
             stack.callback(trace.close)
-        hooks = Hooks(
-            report=_reporter(attempt, keeper, requests, reported),
-            checkpoint=_checkpointer(keeper, requests, say),
-            asked=requests.asked,
-            alive=watchdog.alive,
-            stepped=trace.stepped if trace else lambda _: None,
-            progress=lambda news: say(_line(news)),
-            warm_started=lambda taken: say(_warm_start_line(taken)),
-            skipped=lambda paths: say(_skipped_line(paths)),
-        )
+        hooks = _hooks(attempt, keeper, requests, watchdog, trace, reported, say)
         initial = None if checkpoint else _initial_weights(spec, store, here)
+        cache_folder = picture_folder(default_root(), spec.dataset.version)
         state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial, cache_folder, accumulation)
         if trace is not None:
             trace.close()
@@ -141,6 +129,43 @@ def run_attempt(
             usage.close()
             results = {split: content.result for split, content in scored.items()}
             write_result(store, _result(attempt, results, hash_files(here, artifacts), seconds))
+
+
+def _keeper(
+    store: RunStore,
+    attempt: Attempt,
+    usage: UsageLog,
+    checkpoint: Path | None,
+    here: Path,
+    say: Callable[[str], None],
+) -> Keeper:
+    """The writer of the run's records, which know by then what this start goes on from."""
+    usage.resumed(*_place(checkpoint))
+    if checkpoint is not None:
+        complete_journal(store, attempt, checkpoint)
+    resumed = None if checkpoint is None else checkpoint.name
+    return Keeper(store, num_kept=attempt.spec.compute.keep_checkpoints, say=say, resumed=resumed, here=here)
+
+
+def _hooks(
+    attempt: Attempt,
+    keeper: Keeper | None,
+    requests: _Requests,
+    watchdog: Watchdog,
+    trace: StepTrace | None,
+    reported: Callable[[dict[str, Any]], object],
+    say: Callable[[str], None],
+) -> Hooks:
+    return Hooks(
+        report=_reporter(attempt, keeper, requests, reported),
+        checkpoint=_checkpointer(keeper, requests, say),
+        asked=requests.asked,
+        alive=watchdog.alive,
+        stepped=trace.stepped if trace else lambda _: None,
+        progress=lambda news: say(_line(news)),
+        warm_started=lambda taken: say(_warm_start_line(taken)),
+        skipped=lambda paths: say(_skipped_line(paths)),
+    )
 
 
 def _result(

@@ -32,15 +32,16 @@ class SystemMeter:
 def _gpus() -> dict[str, float]:
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return {}
     readings: dict[str, float] = {}
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        readings[f"system/gpu{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-        readings[f"system/gpu{index}_memory_gib"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
+    # No GPU; or one that does not say, such as a part of one.
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            with suppress(pynvml.NVMLError):
+                readings[f"system/gpu{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            with suppress(pynvml.NVMLError):
+                readings[f"system/gpu{index}_memory_gib"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
     return readings
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from training.checkpoint import (
     load_checkpoint,
     newest_first,
     save_checkpoint,
+    save_tensors,
     verify_checkpoint,
     write_json,
 )
@@ -46,6 +49,18 @@ def test_what_is_saved_is_loaded(checkpoint: Path) -> None:
         for name, value in content.items():
             assert tensors[group][name].dtype == value.dtype
             assert torch.equal(tensors[group][name], value)
+
+
+def test_what_the_system_refuses_is_told_as_by_the_system(tmp_path: Path) -> None:
+    """A full disk is one of these."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
 
 
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])

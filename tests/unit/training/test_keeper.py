@@ -104,11 +104,43 @@ def test_what_an_earlier_attempt_kept_counts(store: Moody, keeper: Keeper) -> No
         name.rpartition("/")[0] for name in store.names(CHECKPOINTS) if name.split("/")[1][:9] == "0" * 7 + "12"
     }
     (Path(store.url) / store_folder / "manifest.json").write_text("{")
-    later = Keeper(store, num_kept=1, say=print)
+    (resumed,) = {name.split("/")[1] for name in store.names(CHECKPOINTS) if name.split("/")[1][:9] == "000000018"}
+    later = Keeper(store, num_kept=1, say=print, resumed=resumed)
     later.keep(saving(24), can_wait=False)
     later.close()
     found = {name.split("/")[1][:9] for name in store.names(CHECKPOINTS)}
     assert found == {"000000006", "000000012", "000000024"}, "a damaged one is left for people to look at"
+
+
+def test_those_that_were_skipped_push_no_sound_one_out(store: Moody, keeper: Keeper, tmp_path: Path) -> None:
+    for step in (6, 12, 18):
+        keeper.keep(saving(step), can_wait=False)
+        keeper.wait()
+    for path in (Path(store.url) / CHECKPOINTS).glob("*/state.json"):
+        path.write_text("{}")
+    said: list[str] = []
+    assert newest_valid(store, tmp_path / "here", said.append) is None
+    assert len(said) == 2
+    afresh = Keeper(store, num_kept=2, say=print)
+    for step in (3, 6, 9):
+        afresh.keep(saving(step), can_wait=False)
+    afresh.close()
+    sound = newest_valid(store, tmp_path / "here", print)
+    assert sound is not None
+    assert Manifest.model_validate_json((sound / "manifest.json").read_bytes()).step == 9
+    later = Keeper(store, num_kept=2, say=print, resumed=sound.name)
+    later.keep(saving(11), can_wait=False)
+    later.close()
+    assert steps(store) == [9, 11, 12, 18], "damaged ones are left for people to look at"
+
+
+def test_what_a_killed_upload_left_goes(store: Moody, keeper: Keeper) -> None:
+    keeper.keep(saving(6), can_wait=False)
+    keeper.close()
+    (whole,) = {name.rpartition("/")[0] for name in store.names(CHECKPOINTS)}
+    store.write(f"{CHECKPOINTS}/000000012-abcdef/model.safetensors", b"half")
+    Keeper(store, num_kept=2, say=print, resumed=whole.rpartition("/")[2]).close()
+    assert {name.rpartition("/")[0] for name in store.names(CHECKPOINTS)} == {whole}
 
 
 def test_training_goes_on_while_a_checkpoint_is_under_way(store: Moody, keeper: Keeper) -> None:

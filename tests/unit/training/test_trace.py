@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,23 @@ def test_a_profiled_run_keeps_a_trace_of_a_few_steps(run_folder: Path) -> None:
     assert len(optimizer_steps) == NUM_TRACED
     # Forward and backward.
     assert {"aten::convolution", "aten::convolution_backward"} <= set(names)
+
+
+def test_a_dataset_may_take_longer_to_come_than_a_worker_may_hang(
+    tiny: Any, tiny_spec: Callable[..., RunSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fetched(Exception):
+        pass
+
+    def fetching(*_: object) -> Path:
+        assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+        raise Fetched
+
+    monkeypatch.setattr("training.run.on_this_node", fetching)
+    spec = tiny_spec(compute=PROFILED)
+    attempt = record_attempt(tmp_path / spec.run_key, spec, data_source=tiny.source, code_hash="c")
+    with pytest.raises(Fetched):
+        run_attempt(attempt, FolderStore(tmp_path / spec.run_key), ALONE, accumulation=1)
 
 
 def test_what_the_run_held_is_in_its_ledger(run_folder: Path) -> None:
