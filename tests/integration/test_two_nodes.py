@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,3 +155,46 @@ def test_when_the_driver_dies_with_its_node_the_next_attempt_goes_on(
     again.result()
     assert again.told("resuming from")
     assert_each_epoch_once(again, 3)
+
+
+@pytest.mark.soak
+def test_a_node_that_is_announced_to_go_costs_no_failure(
+    nodes: Nodes, start: Starter, tiny_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    spec = tiny_spec(epochs=3, batch_size=2, seed=4, compute=SPREAD)
+    nodes.keep_workers(2)
+    start.hold.touch()
+    cell = start(spec)
+    cell.wait_for_epoch(1)
+    going = nodes.workers[1]
+    nodes.announce_end(going, deadline_s=10)
+    cell.wait_for_line(r"a machine was lost, starting again \(1 of 50\)")
+    going.kill()
+    start.hold.unlink()
+    nodes.add_node(num_cpus=1)
+    cell.result()
+    assert_each_epoch_once(cell, 3)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_power_cuts_at_random_moments(nodes: Nodes, start: Starter, tiny_spec: MakeSpec) -> None:
+    """Whichever node goes, and whatever the run was doing, it ends as one that was left alone."""
+    spec = tiny_spec(epochs=60, batch_size=2, seed=6, compute=SPREAD)
+    nodes.keep_workers(2)
+    undisturbed = start(spec)
+    undisturbed.result()
+    known = undisturbed.journal()
+    supersede(undisturbed.folder)
+
+    chance = random.Random(0)
+    cell = start(spec)
+    for _ in range(8):
+        time.sleep(chance.uniform(1, 30))
+        chance.choice(nodes.workers).kill()
+        nodes.add_node(num_cpus=1)
+    cell.result()
+    assert_each_epoch_once(cell, 60)
+    assert measured(cell.journal()) == measured(known)

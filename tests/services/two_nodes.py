@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from chaos.processes import wait_until
 
@@ -132,6 +133,19 @@ class Nodes:
         expected = {self.head.ip, *(node.ip for node in self.workers)}
         wait_until(lambda: self.living() == expected, START_S, f"a cluster of {expected}", every_s=0.2)
 
+    def announce_end(self, node: Node, deadline_s: int) -> None:
+        """Tell the cluster, as a cloud does of a machine that it sells to somebody else, that the node is about to go.
+
+        It is not killed for that.
+        """
+        (node_id,) = (one.node_id for one in self._listed() if one.node_ip == node.ip)
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={self.cluster.address}",
+            f"--node-id={node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=sold",
+            f"--deadline-remaining-seconds={deadline_s}",
+        ]  # fmt: skip
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
     def _start(self, number: int, *arguments: str, num_cpus: int) -> Node:
         assert threading.current_thread() is threading.main_thread(), "what a thread starts dies with the thread"
         name = f"{self.bridge}-{len(self._all)}"
@@ -160,14 +174,16 @@ class Nodes:
 
     def living(self) -> set[str]:
         """Addresses of the nodes that the head believes to be alive; none when it does not answer."""
+        return {node.node_ip for node in self._listed() if node.state == "ALIVE"}
+
+    def _listed(self) -> list[Any]:
         from ray.util.state import list_nodes
         from ray.util.state.exception import RayStateApiException
 
         try:
-            nodes = list_nodes(address=self.cluster.jobs_url, timeout=5)
+            return list(list_nodes(address=self.cluster.jobs_url, timeout=5))
         except RayStateApiException:
-            return set()
-        return {node.node_ip for node in nodes if node.state == "ALIVE"}
+            return []
 
 
 @contextmanager
