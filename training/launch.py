@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -145,6 +145,13 @@ class Overseer(WorkerGroupCallback, ControllerCallback):
             if isinstance(error, ActorDiedError) and not is_node_lost(error) and self._was_killed_for_memory(rank):
                 where = self._group.get_workers()[rank].metadata.node_ip
                 statuses[rank].error = OutOfMemoryError(f"killed by the kernel of {where}, which had no memory left")
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Have the driver told why workers did not start: on its way there an error loses what it came from."""
+        del previous_state
+        failed = getattr(getattr(current_state, "next_state", None), "training_failed_error", None)
+        if isinstance(failed, ControllerError) and failed.controller_failure.__cause__ is not None:
+            failed.controller_failure = failed.controller_failure.__cause__
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Have the workers keep a checkpoint and end before they become more or fewer."""

@@ -150,8 +150,8 @@ def is_peer_lost(error: BaseException) -> bool:
 
 
 def is_node_lost(error: BaseException) -> bool:
-    """True if a worker went down with its machine, or was told that this is about to be taken away."""
-    if isinstance(error, PreemptionError | Preempted | NodeDiedError):
+    """True if a worker's machine went down or does not answer, or is about to be taken away."""
+    if isinstance(error, PreemptionError | Preempted | NodeDiedError | ActorUnavailableError):
         return True
     return isinstance(error, RayActorError) and (error.preempted or _NODE_LOST in str(error))
 

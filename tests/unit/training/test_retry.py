@@ -127,7 +127,7 @@ ALONE: list[tuple[BaseException, Kind]] = [
     (Preempted("a worker has to leave at step 7"), "preempted"),
     (died(PROCESS_DIED), "failure"),
     (WorkerHealthCheckTimeoutError("hanging for 600 s"), "failure"),
-    (WorkerHealthCheckFailedError("A worker health check failed.", ActorUnavailableError("gone", None)), "failure"),
+    (WorkerHealthCheckFailedError("A worker health check failed.", ActorUnavailableError("gone", None)), "preempted"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "failure"),
     (PEER_CLOSED, "failure"),
 ]
