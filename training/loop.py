@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from data.loader import DetectionDataset
+from data.sampler import GlobalBatchSampler
 from training.feeding import count_unreadable, to_device, training_data
 from training.meter import Meter, Progress
 from training.optimizer import learning_rate_at, set_learning_rate
@@ -91,6 +93,9 @@ def train(
     parallel = _in_parallel(spec, state, workers)
     dataset, sampler, loader = training_data(spec, dataset_folder, workers, cache_folder)
     parts = min(accumulation or spec.training.accumulation, spec.training.batch_size // workers.world_size)
+    average = state.average.module
+    score_val = partial(score_split, spec, average, dataset_folder, "val", workers, cache_folder, alive=hooks.alive)
+    scores: Mapping[str, float | None]
     validation: Scored | None = None
     is_validated = False
     while state.epoch < spec.training.epochs and not _is_out_of_patience(spec, state):
@@ -102,21 +107,14 @@ def train(
         _require_finite(state)
         if state.skipped_in_a_row >= sampler.steps_per_epoch:
             raise _diverged("the loss of every step was", state)
-        metrics["train/images_left_out"] = float(sampler.num_dropped)
-        metrics["train/boxes_too_small"] = float(dataset.num_boxes_too_small)
-        skipped = count_unreadable(dataset, workers)
-        metrics["train/images_skipped"] = float(len(skipped))
-        if skipped:
-            hooks.skipped(skipped)
+        metrics |= _left_out(dataset, sampler, workers, hooks)
         state.epoch, state.steps_in_epoch, state.so_far = state.epoch + 1, 0, {}
         is_last = state.epoch == spec.training.epochs
         if is_last or state.epoch % spec.training.validate_every_epochs == 0:
-            validating, average = time.monotonic(), state.average.module
-            scores: Mapping[str, float | None] = {}
+            validating = time.monotonic()
             if is_last:
                 # What is reported in the end is looked at once, and in full.
-                validation = score_split(spec, average, dataset_folder, "val", workers, cache_folder, alive=hooks.alive)
-                is_validated = True
+                validation, is_validated = score_val(), True
                 scores = {} if validation is None else validation.result.metrics
             else:
                 scores = validate(spec, average, dataset_folder, workers, cache_folder, alive=hooks.alive)
@@ -128,12 +126,9 @@ def train(
                 _remember_best(state, workers.broadcast(scores.get("coco/AP")))
         hooks.report(metrics, state.step, state.epoch, partial(save, spec, state))
     if state.best_epoch not in {0, state.epoch}:
-        state.average.module.load_state_dict(state.best)
+        average.load_state_dict(state.best)
         is_validated = False
-    if not is_validated:
-        average = state.average.module
-        validation = score_split(spec, average, dataset_folder, "val", workers, cache_folder, alive=hooks.alive)
-    return state, validation
+    return state, validation if is_validated else score_val()
 
 
 def train_one_epoch(
@@ -203,6 +198,20 @@ def train_one_epoch(
             "time/train_s": seconds,
         }
     )
+
+
+def _left_out(
+    dataset: DetectionDataset, sampler: GlobalBatchSampler, workers: Workers, hooks: Hooks
+) -> dict[str, float]:
+    """What no step of an epoch saw, as metrics. Raises TooManyUnreadable."""
+    skipped = count_unreadable(dataset, workers)
+    if skipped:
+        hooks.skipped(skipped)
+    return {
+        "train/images_left_out": float(sampler.num_dropped),
+        "train/boxes_too_small": float(dataset.num_boxes_too_small),
+        "train/images_skipped": float(len(skipped)),
+    }
 
 
 def _answer(spec: RunSpec, state: TrainingState, asked: Asked, meter: Meter, hooks: Hooks) -> None:
