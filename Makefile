@@ -35,7 +35,7 @@ soak: $(STAMP)  ## kill series, races and large matrices
 	$(BIN)/python -m pytest -m soak
 
 bench: $(STAMP)  ## speed, as ratios within one run
-	$(BIN)/python -m tests.bench
+	PYTHONPATH=tests $(BIN)/python -m tests.bench
 
 audit: $(STAMP)  ## known vulnerabilities of the locked packages (needs a network)
 	$(BIN)/python -m pip install --quiet pip-audit

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from models.interface import Targets
 from tests.conftest import CARD, store, write_squares
+from tests.services.two_nodes import namespaces_refused, ray_nodes
 from training.feeding import to_device, training_data
 from training.jobs import Jobs, code_snapshot, embedded_cluster
 from training.loop import Hooks, train_one_epoch
@@ -35,6 +36,7 @@ from training.workers import Workers
 ROOT = Path(__file__).parents[1]
 ALONE = Workers(0, 1, torch.device("cpu"))
 REPEATS = 3
+ON_NODES = "Ray Train, 2 workers on 2 nodes"
 NOTHING = Hooks(lambda *_: None)
 
 
@@ -148,16 +150,20 @@ def trainings(folder: Path, prepared: Path) -> None:
     source = folder / "storage"
     version = store(prepared, source)
     os.environ["SPECK_STORE"] = str(folder / "store")
-    two, one, apart = (
+    two, one, apart, spread = (
         partial(
             run_spec, "yolox-nano", size_px=320, version=version, epochs=4, batch_size=16, closing_epochs=0,
-            validate_every_epochs=9, compute=ComputeSpec(workers=workers, max_failures=0), sync_batch_norm=sync,
+            validate_every_epochs=9, sync_batch_norm=sync,
+            compute=ComputeSpec(workers=workers, max_failures=0, placement=placement),
         )
-        for workers, sync in ((2, True), (1, True), (2, False))
+        for workers, sync, placement in (
+            (2, True, "PACK"), (1, True, "PACK"), (2, False, "PACK"), (2, True, "STRICT_SPREAD"),
+        )
     )  # fmt: skip
     sides: dict[str, Callable[[int], list[Ran]]] = {
         "Ray Train, 2 workers": lambda seed: [by_ray(folder / f"ray-{seed}", two(seed=seed), source)],
         "torchrun, 2 workers": lambda seed: by_torchrun([folder / f"two-{seed}"], two(seed=seed), source),
+        "Ray Train, 1 worker": lambda seed: [by_ray(folder / f"lonely-{seed}", one(seed=seed), source)],
         "torchrun, 1 worker": lambda seed: by_torchrun([folder / f"one-{seed}"], one(seed=seed), source),
         "torchrun, 2 workers without SyncBN": lambda seed: by_torchrun(
             [folder / f"apart-{seed}"], apart(seed=seed), source
@@ -166,16 +172,23 @@ def trainings(folder: Path, prepared: Path) -> None:
             [folder / f"{which}-{seed}" for which in ("left", "right")], one(seed=seed), source
         ),
     }
+    if (why := namespaces_refused()) is None:
+        sides[ON_NODES] = lambda seed: by_two_nodes(folder / f"nodes-{seed}", spread(seed=seed), source)
+    else:
+        print(f"without {ON_NODES}: {why}")
     runs: dict[str, list[list[Ran]]] = {name: [] for name in sides}
     for seed in range(REPEATS):
         for name, side in sides.items():
             runs[name].append(side(seed))
     pace = {name: statistics.median(sum(run.images_per_s for run in both) for both in of) for name, of in runs.items()}
-    ray, torchrun, alone, unsynced, at_once = pace.values()
+    ray, torchrun, ray_alone, alone, unsynced, at_once, *on_nodes = pace.values()
     print(f"yolox-nano at 320 px, batch 16, {one().training.precision}, one thread a worker, epochs after the first:")
     print(f"    Ray Train against torchrun, 2 workers: {ray:.2f} / {torchrun:.2f} images/s = {ray / torchrun:.3f}")
+    print(f"    the same, 1 worker, so that Ray's own processes find a core: {ray_alone / alone:.3f}")
     print(f"    1 to 2 workers: {torchrun:.2f} / {alone:.2f} images/s = {torchrun / alone:.2f}")
-    print(f"    the same without SyncBN: {unsynced:.2f} / {alone:.2f} = {unsynced / alone:.2f}")
+    for nodes in on_nodes:
+        print(f"    1 to 2 workers, {ON_NODES}: {nodes:.2f} / {ray_alone:.2f} = {nodes / ray_alone:.2f}")
+    print(f"    without SyncBN: {unsynced:.2f} / {alone:.2f} = {unsynced / alone:.2f}")
     print(f"    2 runs at once that share nothing, all that there is room for: {at_once / alone:.2f}")
     for name, of in runs.items():
         describe(name, [run for both in of for run in both])
@@ -208,6 +221,21 @@ def by_ray(folder: Path, spec: RunSpec, source: Path) -> Ran:
             jobs.follow(jobs.submit(attempt, run_folder, code), lambda _: None)
         ended = time.time()
     return read(run_folder, submitted, ended)._replace(cluster_s=submitted - started + time.time() - ended)
+
+
+def by_two_nodes(folder: Path, spec: RunSpec, source: Path) -> list[Ran]:
+    """One Ray job with a worker on each of two nodes in network namespaces, on the same two cores."""
+    folder.mkdir()
+    with ray_nodes(folder) as nodes:
+        nodes.start_head(num_cpus=0)
+        for _ in range(2):
+            nodes.add_node(num_cpus=1)
+        jobs, submitted = Jobs(nodes.cluster), time.time()
+        run_folder = folder / spec.run_key
+        attempt = record_attempt(run_folder, spec, data_source=str(source), code_hash="0" * 12)
+        with code_snapshot(ROOT) as code:
+            jobs.follow(jobs.submit(attempt, run_folder, code), lambda _: None)
+        return [read(run_folder, submitted, time.time())]
 
 
 def by_torchrun(folders: list[Path], spec: RunSpec, source: Path) -> list[Ran]:
