@@ -27,7 +27,16 @@ from training.requests import Asked, Preempted, Stopped
 from training.scoring import Scored, score_split, validate
 from training.shares import StepClock
 from training.spec import RunSpec
-from training.state import TrainingState, WarmStart, build_state, restore, save, set_training_mode, warm_start
+from training.state import (
+    TrainingState,
+    WarmStart,
+    build_state,
+    recover_statistics,
+    restore,
+    save,
+    set_training_mode,
+    warm_start,
+)
 from training.step import accumulate, forward_backward
 from training.sync_batch_norm import convert
 from training.workers import Workers
@@ -174,6 +183,7 @@ def train_one_epoch(
             meter.update(step.means, extra)
         else:
             meter.skip()
+            recover_statistics(state)
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= MAX_NON_FINITE_STEPS:
                 raise Diverged(

@@ -103,6 +103,17 @@ def set_training_mode(model: nn.Module, spec: RunSpec) -> None:
         part.eval()
 
 
+@torch.no_grad()
+def recover_statistics(state: TrainingState) -> None:
+    """Running statistics that a skipped forward pass has made not finite become those of the average, which saw none.
+
+    Nothing else would ever make them finite again.
+    """
+    for value, averaged in zip(state.model.buffers(), state.average.module.buffers(), strict=True):
+        if not torch.isfinite(value).all():
+            value.copy_(averaged)
+
+
 @dataclass(frozen=True)
 class WarmStart:
     """How many tensors of the model were taken from other weights, and the names of those that were not."""

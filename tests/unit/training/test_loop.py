@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.augment import AugmentConfig
-from data.batch import collate
+from data.batch import Batch, collate
 from data.decode import UndecodableImage
 from data.loader import DetectionDataset, TooManyUnreadable
 from models.interface import Losses
 from training.checkpoint import verify_checkpoint
+from training.feeding import to_device
 from training.loop import MAX_NON_FINITE_STEPS, Diverged, Hooks, count_unreadable, train, train_one_epoch
 from training.meter import Progress
 from training.spec import ComputeSpec, RunSpec
@@ -228,6 +230,21 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
     after_first, after_second = seen[1], everything(state)
     assert differing(after_first, after_second) == []
     assert trained & {name for name in trained if not torch.equal(seen[0][name], after_first[name])}
+
+
+def test_a_forward_pass_that_is_not_finite_leaves_no_trace(
+    tiny: Any, tiny_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the running statistics either, which would stay so and end the run with the epoch."""
+    spec, reports, num_batches = tiny_spec(epochs=1, closing_epochs=0), Reports(), count(1)
+
+    def second_is_nan(batch: Batch, device: torch.device) -> tuple[Any, Any]:
+        images, targets = to_device(batch, device)
+        return images * (float("nan") if next(num_batches) == 2 else 1), targets
+
+    monkeypatch.setattr("training.loop.to_device", second_is_nan)
+    train(spec, tiny.folder, ALONE, reports.hooks())
+    assert [metrics["train/non_finite_steps"] for metrics in reports.metrics] == [1]
 
 
 def test_a_run_that_diverges_says_so_and_keeps_finite_weights(
