@@ -27,8 +27,8 @@ class Keeper:
     storage did not take.
 
     `resumed`: name of the checkpoint that this run goes on from, see `newest_valid`. Those further than that are
-    damaged: they stay, and push no sound one out. What a killed upload left is deleted. `here`: the folder on this
-    node's disk, unless that is TMPDIR.
+    damaged: they push no sound one out, and go when the next is there. What a killed upload left is deleted. `here`: the
+    folder on this node's disk, unless that is TMPDIR.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Keeper:
         self._store, self._num_kept, self._say, self._here = store, num_kept, say, here
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._under_way: Future[None] | None = None
-        self._kept = _known(store, resumed)
+        self._kept, self._damaged = _known(store, resumed)
         self._entries: list[JournalEntry] = []
         self._lost_in_a_row = 0
         self._lost: StorageUnavailable | None = None
@@ -111,15 +111,19 @@ class Keeper:
             self._lost_in_a_row = 0
         except StorageUnavailable as error:
             self._lose(error)
+        else:
+            self._tidy_up()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        for old in _surplus(self._kept, self._num_kept):
-            try:
+
+    def _tidy_up(self) -> None:
+        try:
+            for old in [*self._damaged, *_surplus(self._kept, self._num_kept)]:
                 self._store.delete(old)
-            except StorageUnavailable as error:
-                self._say(f"an old checkpoint stays: {error}")
-                return
-            del self._kept[old]
+                self._kept.pop(old, None)
+                self._damaged.discard(old)
+        except StorageUnavailable as error:
+            self._say(f"an old checkpoint stays: {error}")
 
     def _lose(self, error: StorageUnavailable) -> None:
         self._lost, self._lost_in_a_row = error, self._lost_in_a_row + 1
@@ -135,8 +139,11 @@ class Keeper:
             del self._entries[0]
 
 
-def _known(store: RunStore, resumed: str | None) -> dict[str, Manifest]:
-    """The checkpoints that are there up to `resumed`, by name; those without a readable manifest are none."""
+def _known(store: RunStore, resumed: str | None) -> tuple[dict[str, Manifest], set[str]]:
+    """The checkpoints that are there up to `resumed`, by name, and the names of those further than that.
+
+    Those without a readable manifest are neither.
+    """
     known: dict[str, Manifest] = {}
     names = store.names(CHECKPOINTS)
     for folder in sorted({"/".join(name.split("/")[:2]) for name in names if name.count("/") > 1}):
@@ -146,11 +153,10 @@ def _known(store: RunStore, resumed: str | None) -> dict[str, Manifest]:
             continue
         with suppress(FileNotFoundError, ValueError, StorageDamaged):
             known[folder] = Manifest.model_validate_json(store.read(f"{folder}/{MANIFEST}"))
+    by_step = sorted(known, key=lambda folder: (known[folder].step, folder))
     furthest = f"{CHECKPOINTS}/{resumed}"
-    if furthest not in known:
-        return {}
-    last = (known[furthest].step, furthest)
-    return {folder: manifest for folder, manifest in known.items() if (manifest.step, folder) <= last}
+    num_kept = by_step.index(furthest) + 1 if furthest in known else 0
+    return {folder: known[folder] for folder in by_step[:num_kept]}, set(by_step[num_kept:])
 
 
 def _surplus(kept: dict[str, Manifest], num_kept: int) -> list[str]:
