@@ -27,8 +27,8 @@ class Keeper:
     storage did not take.
 
     `resumed`: name of the checkpoint that this run goes on from, see `newest_valid`. Those further than that are
-    damaged: they push no sound one out, and go when the next is there. What a killed upload left is deleted. `here`: the
-    folder on this node's disk, unless that is TMPDIR.
+    damaged: they push no sound one out, and go when the next is there. What a killed upload left is deleted.
+    `here`: the folder on this node's disk, unless that is TMPDIR.
     """
 
     def __init__(
