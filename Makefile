@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Torch is pinned to one exact version; everything else to what was tested with it.
 STAMP := $(VENV)/.installed
 
+# Tests of seconds, on all cores. Those that start servers and clusters want the machine for themselves.
+IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses logical --maxprocesses 8 --dist worksteal
+
 .PHONY: help train-all test check soak bench audit ui lock clean
 
 help:  ## this list
@@ -22,14 +25,15 @@ train-all: $(STAMP)  ## prepare, train, score, compare, promote: the main job
 	$(BIN)/speck train-all
 
 test: $(STAMP)  ## all tests but the soak tier
-	$(BIN)/python -m pytest -m "not soak"
+	$(IN_PARALLEL) tests/unit tests/contracts tests/golden tests/gpu
+	$(BIN)/python -m pytest tests/integration -m "not soak"
 
 check: $(STAMP)  ## format, lint, types, import rules, unit tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/contracts -m "not soak" --numprocesses logical --maxprocesses 8 --dist worksteal
+	$(IN_PARALLEL) tests/unit tests/contracts
 
 soak: $(STAMP)  ## kill series, races and large matrices
 	$(BIN)/python -m pytest -m soak
