@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,18 +208,28 @@ def describe(name: str, runs: list[Ran]) -> None:
 
 
 def by_ray(folder: Path, spec: RunSpec, source: Path) -> Ran:
-    """One Ray job on a cluster of its own: another run must not have the cluster's daemons beside it."""
-    started = time.time()
-    with ExitStack() as stack:
-        cluster = stack.enter_context(embedded_cluster(folder, num_cpus=2))
+    """One Ray job on a cluster of its own: no other run may have the cluster's processes beside it."""
+    folder.mkdir()
+    (folder / "spec.json").write_text(spec.model_dump_json())
+    # From a process of its own, in which Ray would start no second one.
+    command = [sys.executable, "-m", "tests.bench_training", str(folder), str(source)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    started, submitted, ended, gone = map(float, done.stdout.splitlines()[-1].split())
+    return read(folder / spec.run_key, submitted, ended)._replace(cluster_s=submitted - started + gone - ended)
+
+
+def ray_job(folder: Path, source: str) -> None:
+    """Run FOLDER/spec.json and print when this started, the job was submitted, it ended, and the cluster was gone."""
+    spec = RunSpec.model_validate_json((folder / "spec.json").read_bytes())
+    run_folder = folder / spec.run_key
+    times = [time.time()]
+    with embedded_cluster(folder, num_cpus=2) as cluster, code_snapshot(ROOT) as code:
         jobs = Jobs(cluster)
-        submitted = time.time()
-        run_folder = folder / spec.run_key
-        attempt = record_attempt(run_folder, spec, data_source=str(source), code_hash="0" * 12)
-        with code_snapshot(ROOT) as code:
-            jobs.follow(jobs.submit(attempt, run_folder, code), lambda _: None)
-        ended = time.time()
-    return read(run_folder, submitted, ended)._replace(cluster_s=submitted - started + time.time() - ended)
+        attempt = record_attempt(run_folder, spec, data_source=source, code_hash="0" * 12)
+        times.append(time.time())
+        jobs.follow(jobs.submit(attempt, run_folder, code), lambda _: None)
+        times.append(time.time())
+    print(*times, time.time())
 
 
 def by_two_nodes(folder: Path, spec: RunSpec, source: Path) -> list[Ran]:
@@ -305,3 +314,7 @@ def run_spec(
         compute=compute,
         seed=seed,
     )
+
+
+if __name__ == "__main__":
+    ray_job(Path(sys.argv[1]), sys.argv[2])
