@@ -16,6 +16,7 @@ _train_worker = train_worker
 
 def train_worker(config):
     import os
+    from pathlib import Path
     import signal
 
     import training.loop
