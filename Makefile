@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # Tests of seconds, on all cores. Those that start servers and clusters want the machine for themselves.
-IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses logical --maxprocesses 8 --dist worksteal
+IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help train-all test check soak bench audit ui lock clean
 
@@ -25,15 +25,15 @@ train-all: $(STAMP)  ## prepare, train, score, compare, promote: the main job
 	$(BIN)/speck train-all
 
 test: $(STAMP)  ## all tests but the soak tier
-	$(IN_PARALLEL) tests/unit tests/contracts tests/golden tests/gpu
+	$(IN_PARALLEL) tests/unit tests/contracts tests/golden tests/gpu -m "not soak"
 	$(BIN)/python -m pytest tests/integration -m "not soak"
 
-check: $(STAMP)  ## format, lint, types, import rules, unit tests
+check: $(STAMP)  ## format, lint, types, import rules, quick unit tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(IN_PARALLEL) tests/unit tests/contracts
+	$(IN_PARALLEL) tests/unit tests/contracts -m "not soak and not slow"
 
 soak: $(STAMP)  ## kill series, races and large matrices
 	$(BIN)/python -m pytest -m soak

@@ -20,6 +20,8 @@ from gloo import on_all_ranks
 from data.augment import AugmentConfig
 from training.spec import ArchitectureSpec, RunSpec
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("scale_ranks.py")
 GROUPS = (1, 2, 3, 4)
 PLAIN = AugmentConfig(mosaic_probability=0, flip_probability=0, hue_gain=0, saturation_gain=0, value_gain=0)

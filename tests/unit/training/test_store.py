@@ -17,6 +17,8 @@ from unit.training.storage import (
 from training.checkpoint import MANIFEST
 from training.store import UnsupportedStorage, open_store
 
+pytestmark = pytest.mark.slow
+
 
 def test_objects_are_read_as_they_were_written(storage: Storage) -> None:
     store = storage.open()

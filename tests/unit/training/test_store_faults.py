@@ -38,6 +38,8 @@ UPLOADING = """
 import sys
 from pathlib import Path
 from training.store import open_store
+
+pytestmark = pytest.mark.slow
 store = open_store(sys.argv[1])
 for number in range(10**6):
     name = "abc"[number % 3]

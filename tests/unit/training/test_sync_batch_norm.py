@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from training.sync_batch_norm import SyncBatchNorm2d, convert
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("sync_norm_ranks.py")
 CPU = torch.device("cpu")
 

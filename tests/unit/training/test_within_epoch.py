@@ -17,6 +17,8 @@ from training.spec import ComputeSpec, RunSpec
 from training.state import TrainingState, build_state, restore
 from training.workers import Workers
 
+pytestmark = pytest.mark.slow
+
 MakeSpec = Callable[..., RunSpec]
 ALONE = Workers(0, 1, torch.device("cpu"))
 CHECKPOINT = Asked(checkpoint=True)
