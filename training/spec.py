@@ -161,6 +161,10 @@ class ComputeSpec(_Section):
     def _possible(self) -> ComputeSpec:
         if self.min_workers > self.max_workers:
             raise ValueError(f"workers must be [min, max] with min <= max, got {list(self.workers_range)}")
+        if self.placement == "STRICT_SPREAD" and self.min_workers < self.max_workers:
+            raise ValueError(
+                "placement STRICT_SPREAD needs a fixed number of workers: for a range Ray counts CPUs; use SPREAD"
+            )
         if self.accelerator is not None and not self.gpus_per_worker:
             raise ValueError(f"accelerator {self.accelerator!r} needs gpus_per_worker above 0")
         return self

@@ -190,3 +190,24 @@ def test_a_named_precision_is_kept(precision: str, gpus: float) -> None:
 def test_canonical_json_refuses_what_is_not_a_number(value: Any) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json(value)
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        ({"workers": (3, 2)}, r"min <= max, got \[3, 2\]"),
+        ({"workers": (1, 2), "placement": "STRICT_SPREAD"}, "use SPREAD"),
+        ({"accelerator": "A100"}, "needs gpus_per_worker above 0"),
+        ({"workers": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_workers_that_cannot_be_are_refused(compute: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ComputeSpec(**compute)
+
+
+def test_a_number_of_workers_is_a_range_of_one_and_a_range_comes_back_from_json() -> None:
+    assert (ComputeSpec(workers=3).min_workers, ComputeSpec(workers=3).max_workers) == (3, 3)
+    elastic = ComputeSpec(workers=(1, 4))
+    assert ComputeSpec.model_validate_json(elastic.model_dump_json()) == elastic
+    assert (elastic.min_workers, elastic.max_workers) == (1, 4)
