@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 # Tests of seconds, on all cores. Those that start servers and clusters want the machine for themselves.
 IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
+# Of unit tests, those that `make test` runs; .ci/run leaves out what `make check` has run.
+UNITS ?= not soak
+
 .PHONY: help train-all test check soak bench audit ui lock clean
 
 help:  ## this list
@@ -25,7 +28,7 @@ train-all: $(STAMP)  ## prepare, train, score, compare, promote: the main job
 	$(BIN)/speck train-all
 
 test: $(STAMP)  ## all tests but the soak tier
-	$(IN_PARALLEL) tests/unit tests/contracts tests/golden tests/gpu -m "not soak"
+	$(IN_PARALLEL) tests/unit tests/contracts tests/golden tests/gpu -m "$(UNITS)"
 	$(BIN)/python -m pytest tests/integration -m "not soak"
 
 check: $(STAMP)  ## format, lint, types, import rules, quick unit tests

@@ -14,6 +14,8 @@ from training.loop import Hooks, train
 from training.spec import RunSpec
 from training.workers import Workers
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "loss_curve.json"
 # Each epoch is one step over all images. The first is the same on every processor but for rounding; from then on
 # rounding flips matches of objects to equally good anchors, and each flip is followed by others: another processor was

@@ -157,6 +157,7 @@ def test_a_worker_that_has_to_leave_costs_no_step_and_is_no_failure(service: Ser
     assert f"resuming from {left_at:09d}" in told
 
 
+@pytest.mark.soak
 def test_a_worker_that_hangs_says_where_and_is_started_again(service: Service, tiny_spec: MakeSpec) -> None:
     spec = tiny_spec(epochs=2, seed=13, compute=two_workers(max_failures=1, hang_timeout_s=15))
     cell = service.start(spec, HANGING)

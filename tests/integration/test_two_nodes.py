@@ -133,6 +133,7 @@ def test_a_run_grows_onto_a_node_that_joins_and_shrinks_when_one_is_lost(
     assert len(cell.told("resuming from 000000024")) == 1
 
 
+@pytest.mark.soak
 def test_when_the_driver_dies_with_its_node_the_next_attempt_goes_on(
     nodes: Nodes, start: Starter, tiny_spec: MakeSpec
 ) -> None:
