@@ -34,12 +34,12 @@ from data import s3
 from training.checkpoint import MANIFEST, newest_valid, verify_checkpoint
 from training.store import RunStore, StorageDamaged, StorageFull, StorageUnavailable, open_store
 
+pytestmark = pytest.mark.slow
+
 UPLOADING = """
 import sys
 from pathlib import Path
 from training.store import open_store
-
-pytestmark = pytest.mark.slow
 store = open_store(sys.argv[1])
 for number in range(10**6):
     name = "abc"[number % 3]
