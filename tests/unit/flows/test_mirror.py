@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from services.fault_proxy import FaultProxy, fault_proxy
-from unit.training.storage import Storage, make_checkpoint, storage_of, tree
+from services.fault_proxy import FaultProxy
+from unit.training.storage import Storage, make_checkpoint, tree
 
 import flows.gc
 import training.store
@@ -38,19 +38,6 @@ from training.state import warm_start_path
 from training.store import MANIFEST, FolderStore, RunStore, StorageUnavailable, open_store
 
 WEIGHTS = "sha256:" + "5" * 64
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    with storage_of("s3", tmp_path, monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture
-def proxy(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with fault_proxy(bucket.port) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from services.fault_proxy import FaultProxy, fault_proxy
 from unit.training.storage import KINDS, Storage, storage_of
 
 import training.store
@@ -24,20 +23,6 @@ def _one_thread() -> Iterator[None]:
 def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
     with storage_of(request.param, tmp_path, monkeypatch) as made:
         yield made
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    with storage_of("s3", tmp_path, monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture
-def proxy(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """In front of the S3 server."""
-    with fault_proxy(bucket.port) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield proxy
 
 
 @pytest.fixture
