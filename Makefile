@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # Torch is pinned to one exact version; everything else to what was tested with it.
 STAMP := $(VENV)/.installed
 
-# Tests of seconds, on all cores. Those that start servers and clusters want the machine for themselves.
-IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+# Tests of seconds, on all cores: quick ones spread evenly, slow ones by file, for they share what a file sets up.
+# Those that start servers and clusters want the machine for themselves.
+IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 
 # Of unit tests, those that `make test` runs; .ci/run leaves out what `make check` has run.
 UNITS ?= not soak
@@ -28,7 +29,7 @@ train-all: $(STAMP)  ## prepare, train, score, compare, promote: the main job
 	$(BIN)/speck train-all
 
 test: $(STAMP)  ## all tests but the soak tier
-	$(IN_PARALLEL) tests/unit tests/contracts tests/golden tests/gpu -m "$(UNITS)"
+	$(IN_PARALLEL) --dist loadfile tests/unit tests/contracts tests/golden tests/gpu -m "$(UNITS)"
 	$(BIN)/python -m pytest tests/integration -m "not soak"
 
 check: $(STAMP)  ## format, lint, types, import rules, quick unit tests
@@ -36,7 +37,7 @@ check: $(STAMP)  ## format, lint, types, import rules, quick unit tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(IN_PARALLEL) tests/unit tests/contracts -m "not soak and not slow"
+	$(IN_PARALLEL) --dist worksteal tests/unit tests/contracts -m "not soak and not slow"
 
 soak: $(STAMP)  ## kill series, races and large matrices
 	$(BIN)/python -m pytest -m soak

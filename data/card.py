@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,6 +53,14 @@ class DatasetCard(BaseModel):
     ignore_rule: Literal["none", "covered-half"] = "none"
     splits: SplitRule = Field(SplitRule(), exclude_if=lambda rule: rule == SplitRule())
     tiling: Tiling | None = Field(None, exclude_if=lambda tiling: tiling is None)
+
+    @field_validator("source", "sources")
+    @classmethod
+    def _without_password(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        # Cards travel with runs and models, to everybody who may read those.
+        if any(re.search(r"://[^/\s]*@", text) for text in ((value,) if isinstance(value, str) else value)):
+            raise ValueError("an address must not hold a user or password. Leave them out, and give them to the client")
+        return value
 
     @field_validator("classes")
     @classmethod

@@ -16,6 +16,10 @@ class UndecodableImage(ValueError):
     """An image file whose bytes are truncated, damaged or of an unknown type."""
 
 
+class TooManyUnreadable(RuntimeError):
+    """More of a split's training images cannot be read than a training does without."""
+
+
 def read_bgr(path: Path) -> MatLike:
     """Return the image as uint8 BGR (H, W, 3), without applying an EXIF rotation.
 
@@ -26,5 +30,5 @@ def read_bgr(path: Path) -> MatLike:
     encoded = np.fromfile(path, np.uint8)
     image = cv2.imdecode(encoded, _FLAGS) if encoded.size else None
     if image is None:
-        raise UndecodableImage(f"{path}: truncated, damaged or not an image. Replace the file and prepare again")
+        raise UndecodableImage(f"{path}: truncated, damaged or not an image. Replace the file")
     return image

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from data.augment import AugmentConfig, Picture, areas_px, fit_hw, fit_scale, is_large_enough, pad, resize_to_fit
 from data.batch import Batch, Sample, collate
 from data.compose import compose
-from data.decode import UndecodableImage, read_bgr
+from data.decode import TooManyUnreadable, UndecodableImage, read_bgr
 from data.image_cache import ImageCache
 from data.sampler import GlobalBatchSampler, repeat_factors
 
@@ -31,10 +31,6 @@ __all__ = ["AugmentConfig", "Batch", "DetectionDataset", "GlobalBatchSampler", "
 MAX_UNREADABLE_SHARE = 0.001
 # Names the files of cached pictures: `read_bgr` and `resize_to_fit` of another release may give other pixels.
 PIXEL_RULE = f"bgr-area-opencv{cv2.__version__}"
-
-
-class TooManyUnreadable(RuntimeError):
-    """More than MAX_UNREADABLE_SHARE of the training images cannot be read."""
 
 
 class DetectionDataset(Dataset[Sample]):

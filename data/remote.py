@@ -77,6 +77,14 @@ def _states(versions: Mapping[str, str | None], objects: Objects) -> dict[str, s
     }
 
 
+def remote_url(repo: Path) -> str | None:
+    """The address of the default remote, None without one."""
+    try:
+        return _remote(repo).url.rstrip("/")
+    except NoRemote:
+        return None
+
+
 def is_cached(name: str, repo: Path) -> bool:
     """Whether DVC's cache has the list of the dataset's current version, so that there is something to send."""
     found = current_version(name, repo)

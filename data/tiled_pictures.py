@@ -23,6 +23,22 @@ class PictureTile(NamedTuple):
     tile: Tile
 
 
+def tile_sample(picture: Image, tile: Tile, input_size_px: int, index: int) -> Sample:
+    """A tile of a BGR picture, letterboxed, as the sample `index`, without ground truth."""
+    x, y, width, height = tile
+    image, scale = letterbox(picture[y : y + height, x : x + width], input_size_px)
+    none = torch.zeros(0, 4)
+    return Sample(
+        image=torch.from_numpy(image).permute(2, 0, 1),
+        boxes_xyxy_px=none,
+        labels=torch.zeros(0, dtype=torch.int64),
+        ignore_xyxy_px=none,
+        image_id=index,
+        scale=scale,
+        original_hw=(height, width),
+    )
+
+
 class TiledPictures(Dataset[Sample]):
     """One letterboxed sample per tile of every picture, in the order of the annotation file.
 
@@ -47,18 +63,8 @@ class TiledPictures(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"tile index {index} must be in 0..{len(self) - 1}")
-        image_id, (x, y, width, height) = self.tiles[index]
-        image, scale = letterbox(self._picture(image_id)[y : y + height, x : x + width], self.input_size_px)
-        none = torch.zeros(0, 4)
-        return Sample(
-            image=torch.from_numpy(image).permute(2, 0, 1),
-            boxes_xyxy_px=none,
-            labels=torch.zeros(0, dtype=torch.int64),
-            ignore_xyxy_px=none,
-            image_id=index,
-            scale=scale,
-            original_hw=(height, width),
-        )
+        image_id, tile = self.tiles[index]
+        return tile_sample(self._picture(image_id), tile, self.input_size_px, index)
 
     def _picture(self, image_id: int) -> Image:
         if self._latest is None or self._latest[0] != image_id:

@@ -48,11 +48,13 @@ def write_comparison(
     ignore_rule: IgnoreRule,
     comparison: Comparison,
     notes: Sequence[str],
+    facts: Mapping[str, Sequence[tuple[str, str, str]]],
     num_images: int = 12,
 ) -> None:
     """Write the page, with the tables of a `comparison` of the two. `scored_on`: dataset, version and split.
 
-    `notes`: what must be known to read the tables, of the samples above all.
+    `notes`: what must be known to read the tables, of the samples above all. `facts`: by kind, what something is in
+    each run.
 
     Images are ordered by objects that only one run found plus the gap in false positives.
 
@@ -81,6 +83,7 @@ def write_comparison(
     sections = {
         "Metrics": _differences_table(comparison.metrics, comparison.confidence, sides) + _reading(notes),
         **({"Classes": _differences_table(of_classes, comparison.confidence, sides)} if of_classes else {}),
+        **{kind.capitalize(): _facts_table(found, sides) for kind, found in facts.items()},
         "Objects": _totals(differences, sides),
         "Where they differ": reading + pictures if shown else "<p>No image has another outcome.</p>",
     }
@@ -101,6 +104,14 @@ def _differences_table(differences: Mapping[str, Difference], confidence: float,
         and found.low is not None and found.high is not None
     ]  # fmt: skip
     head = ("", a, b, "difference", f"{confidence:.0%} interval", "the second is")
+    return f'<div class="scroll">{table(head, rows)}</div>'
+
+
+def _facts_table(facts: Sequence[tuple[str, str, str]], sides: tuple[Side, Side]) -> str:
+    if not facts:
+        return "<p>They are the same.</p>"
+    head = ("", *(escape(side.name) for side in sides))
+    rows = [tuple(escape(cell) for cell in fact) for fact in facts]
     return f'<div class="scroll">{table(head, rows)}</div>'
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 _parsing = threading.Lock()
 # No stored score depends on what draws, compares runs, or reads other people's files.
 _NO_PART = (
-    "bootstrap.py", "charts.py", "coco_files.py", "comparison_page.py", "contact_sheet.py", "error_pictures.py",
-    "file_problems.py", "foreground_chart.py", "plots.py", "report_page.py", "report_sections.py", "samples.py",
-    "score_files.py", "significance.py", "text_files.py",
+    "bootstrap.py", "charts.py", "coco_files.py", "comparison_page.py", "contact_sheet.py", "drawing.py",
+    "error_pictures.py", "file_problems.py", "foreground_chart.py", "plots.py", "report_page.py", "report_sections.py",
+    "samples.py", "score_files.py", "significance.py", "text_files.py",
 )  # fmt: skip
 _Count = Annotated[int, Field(ge=0)]
 _Key = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
@@ -113,13 +114,13 @@ def score_key(protocol: str, options: ScoreOptions) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
 
-def syntax_tree(path: Path) -> ast.Module:
-    """Parse a Python file, one thread at a time: in Python 3.11 all threads share the parser's count of its depth.
+def syntax_tree(source: bytes) -> ast.Module:
+    """Parse a Python source, one thread at a time: in Python 3.11 all threads share the parser's count of its depth.
 
     Two at once may end in `SystemError: AST constructor recursion depth mismatch` (CPython issue 106905).
     """
     with _parsing:
-        return ast.parse(path.read_bytes())
+        return ast.parse(source)
 
 
 def code_hash(sources: Sequence[Path] | None = None) -> str:
@@ -131,11 +132,17 @@ def code_hash(sources: Sequence[Path] | None = None) -> str:
         sources = [path for path in Path(__file__).parent.glob("*.py") if path.name not in _NO_PART]
     digest = hashlib.sha256()
     for path in sorted(sources):
-        tree = syntax_tree(path)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-                ast.get_docstring(node, clean=False) is not None
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
-        digest.update(f"{path.name}\0{ast.unparse(tree)}\0".encode())
+        digest.update(f"{path.name}\0{_bare(path.read_bytes())}\0".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _bare(source: bytes) -> str:
+    """The same without comments, docstrings and layout. Kept, because a plan asks for the same files for every cell."""
+    tree = syntax_tree(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

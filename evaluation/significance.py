@@ -85,11 +85,7 @@ def compare(
             f"num_samples is {num_samples}, confidence {confidence}; they must be at least 1, and between 0 and 1"
         )
     _check_same(first, second)
-    num_groups = len(np.unique(groups))
-    if num_groups < 2:
-        raise NotComparable(
-            f"{num_images} images in {num_groups} group(s): every sample would be the same. Take a split with more"
-        )
+    num_groups = _require_groups(groups)
     weights = draw(groups, num_samples, seed)
     one, two = sample(first, weights), sample(second, weights)
 
@@ -116,8 +112,7 @@ def _difference(first: Floats, second: Floats, confidence: float) -> Difference:
     low = high = share_better = None
     verdict: Verdict | None = None
     if len(drawn):
-        tail = (1 - confidence) / 2
-        low, high = (float(bound) for bound in np.quantile(drawn, [tail, 1 - tail]))
+        low, high = _bounds(drawn, confidence)
         share_better = float((drawn > 0).mean())
         verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
     return Difference(
@@ -146,3 +141,42 @@ def _check_same(first: Tables, second: Tables) -> None:
 def _rows(tables: Tables) -> NDArray[np.float64]:
     truths = tables.truths
     return np.column_stack([truths.image, truths.label, truths.boxes_xywh_px, truths.areas_px, truths.is_crowd])
+
+
+def intervals(
+    tables: Tables,
+    sample: Sampler,
+    *,
+    groups: NDArray[np.int64] | None = None,
+    num_samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of one run's metrics over samples of its images, drawn as in `compare`.
+
+    A metric that has no value, on the whole split or in any sample, is left out.
+
+    Raises:
+        NotComparable: there are fewer than two groups.
+    """
+    groups = np.arange(len(tables.image_ids)) if groups is None else groups
+    _require_groups(groups)
+    scores = sample(tables, draw(groups, num_samples, seed)).metrics
+    drawn = {name: values[1:][~np.isnan(values[1:])] for name, values in scores.items() if not np.isnan(values[0])}
+    return {name: _bounds(values, confidence) for name, values in drawn.items() if len(values)}
+
+
+def _require_groups(groups: NDArray[np.int64]) -> int:
+    """How many groups there are; raises NotComparable where they are too few."""
+    num_groups = len(np.unique(groups))
+    if num_groups < 2:
+        raise NotComparable(
+            f"{len(groups)} images in {num_groups} group(s): every sample would be the same. Take a split with more"
+        )
+    return num_groups
+
+
+def _bounds(drawn: Floats, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]).tolist()
+    return low, high

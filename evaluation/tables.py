@@ -112,7 +112,8 @@ def tabulate(ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, 
 def rows_by_image(table: TruthTable | DetectionTable, num_images: int) -> list[NDArray[np.int64]]:
     """Rows of each image, in their order."""
     order = np.argsort(table.image, kind="stable")
-    return np.split(order, np.searchsorted(table.image[order], np.arange(1, num_images)))
+    # Of no image NumPy would make one part, too.
+    return np.split(order, np.searchsorted(table.image[order], np.arange(1, num_images)))[:num_images]
 
 
 def _boxes(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flows.cell_page import CellPage
 from flows.evaluate import score_again
 from flows.lease import Lease, LeaseLost, lease
 from flows.mirror import Mirror
 from flows.plan import OnCodeChange, PlannedCell, folder_bytes, plan_cell
-from flows.record import Recorder, provenance
+from flows.provenance import provenance, record_sources
+from flows.record import Recorder
 from flows.settings import REPO, Settings
+from tracking.client import redacted
 from training.jobs import CellFailed, Jobs, code_snapshot
-from training.meter import PROGRESS_MARK
 from training.records import (
     RESULT,
+    Ending,
     JournalEntry,
     RunResult,
     attempt_name,
@@ -24,10 +27,14 @@ from training.records import (
     read_journal,
     read_result,
     record_attempt,
+    write_ending,
 )
+from training.say import PROGRESS_MARK
 from training.store import StorageUnavailable
 
 RECORD_EVERY_S = 5.0
+# Characters of why an attempt ended.
+MAX_CAUSE = 500
 
 
 class Cancelled(RuntimeError):
@@ -47,7 +54,12 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class CellRunner:
-    """What a cell needs from the flow around it. `stop` asks every cell to end early."""
+    """What a cell needs from the flow around it. `stop` asks every cell to end early.
+
+    `say` tells people what they want to know, `log` what a job printed beside that. `check_turn` raises LeaseLost once
+    another flow run has gone ahead in this one's place. Then no training begins here; those under way have leases of
+    their own, and the other one may be following the same jobs.
+    """
 
     jobs: Callable[[], Jobs]
     settings: Settings
@@ -55,6 +67,8 @@ class CellRunner:
     say: Callable[[str], None]
     stop: threading.Event
     on_code_change: OnCodeChange = "warn"
+    log: Callable[[str], None] = lambda _: None
+    check_turn: Callable[[], None] = lambda: None
 
     def run(self, cell: PlannedCell) -> CellOutcome:
         """Bring a cell to its result, and its MLflow run up to date with it.
@@ -64,7 +78,7 @@ class CellRunner:
         Raises:
             CellFailed: the job ended without a result. What it had reached stays for the next attempt.
             Cancelled: `stop` was set; the cell's job is stopped.
-            LeaseLost: another flow took the cell over.
+            LeaseLost: another flow took the cell over, or this flow's turn.
             StorageUnavailable: the storage on S3 does not answer before the job, or after it.
         """
         spec, storage = cell.spec, self.settings.storage
@@ -104,6 +118,8 @@ class CellRunner:
             self.say(f"the training by other code is kept in {mirror.put_aside()}")
         run_folder.mkdir(parents=True, exist_ok=True)
         if submission_id is None:
+            jobs.require_room(spec)
+            self._check_ours(held)
             # A damaged result, or none: from here on the run counts as unfinished.
             mirror.delete(RESULT)
             mirror.pull_numbers()
@@ -116,8 +132,9 @@ class CellRunner:
             )
             if spec.training.warm_start is not None:
                 mirror.push_warm_start(spec.training.warm_start)
-            mirror.push(attempt_name(attempt.number))
+            mirror.push(attempt_name(attempt.number), *record_sources(run_folder, attempt))
             with code_snapshot(REPO) as code:
+                self._check_ours(held)
                 submission_id = jobs.submit(attempt, mirror.url, code)
         else:
             attempt = read_attempt(run_folder, int(submission_id.rpartition("-")[2]))
@@ -131,16 +148,31 @@ class CellRunner:
                 jobs.stop(submission_id)
             raise
         except Exception as error:
-            self.recorder.end(run_folder, "KILLED" if isinstance(error, Cancelled) else "FAILED")
+            self._put_down(error, mirror, attempt.number)
             if isinstance(error, CellFailed):
                 error.job_s = time.monotonic() - started
             raise
         return time.monotonic() - started
 
+    def _put_down(self, error: Exception, mirror: Mirror, number: int) -> None:
+        """Put on record how an attempt ended, here, in storage and in MLflow; what fails of that hides no error."""
+        ending = Ending(
+            status="KILLED" if isinstance(error, Cancelled) else "FAILED",
+            cause=redacted(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")[:MAX_CAUSE],
+            ended_ms=time.time_ns() // 1_000_000,
+        )
+        try:
+            mirror.push(write_ending(mirror.folder, number, ending))
+        except OSError as lost:
+            self.say(f"how attempt {number} ended is not on record: {lost}")
+        self.recorder.end(mirror.folder, ending)
+
     def _follow(self, jobs: Jobs, submission_id: str, mirror: Mirror, cell: PlannedCell, held: Lease) -> None:
         run_folder = mirror.folder
         told = {entry.step for entry in read_journal(run_folder)}
         recorded = time.monotonic()
+        page = CellPage(cell.spec.run_key, cell.spec.title)
+        page.link("Ray", jobs.page(submission_id))
 
         def record() -> None:
             nonlocal recorded
@@ -150,6 +182,7 @@ class CellRunner:
                 # The job may well go on without us.
                 self.say(f"no news of the run: {error}")
             self.recorder.sync(run_folder)
+            page.link("MLflow", self.recorder.page)
             for entry in read_journal(run_folder):
                 if entry.step not in told:
                     told.add(entry.step)
@@ -160,6 +193,9 @@ class CellRunner:
             _, marked, text = line.partition(PROGRESS_MARK)
             if marked:
                 self.say(text.strip())
+                page.tell(text.strip())
+            elif line.strip():
+                self.log(line)
             if time.monotonic() - recorded > RECORD_EVERY_S:
                 record()
 
@@ -171,6 +207,8 @@ class CellRunner:
             jobs.follow(submission_id, on_line, ended)
         finally:
             record()
+        if (run_folder / RESULT).is_file():
+            page.done()
         if self.stop.is_set() and not (run_folder / RESULT).is_file():
             try:
                 jobs.stop(submission_id)
@@ -179,9 +217,14 @@ class CellRunner:
                 self.say(f"the cluster does not answer, so job {submission_id} was not stopped: {error}")
             self._check_stop()
 
+    def _check_ours(self, held: Lease) -> None:
+        held.check()
+        self._check_stop()
+
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise Cancelled("the flow was stopped; run it again to go on from the last checkpoint")
+        self.check_turn()
 
 
 def _epoch_line(entry: JournalEntry, epochs: int) -> str:

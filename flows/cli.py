@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from flows.automations_command import automations
 from flows.compare_command import compare_command
 from flows.data_commands import data_app
+from flows.doctor_command import doctor
 from flows.evaluate_command import evaluate
+from flows.export_command import export
+from flows.history_command import history
 from flows.output import JsonOption, print_json
+from flows.predict_command import predict_command
+from flows.promote_command import promote
+from flows.reproduce_command import reproduce
+from flows.rollback_command import rollback
 from flows.score_command import score
+from flows.stack_commands import stack_commands
+from flows.sync_command import sync_command
 
 if TYPE_CHECKING:
     from flows.report import Report
@@ -28,6 +38,16 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(score)
 app.command("compare")(compare_command)
+app.command()(promote)
+app.command()(history)
+app.command()(rollback)
+app.command()(reproduce)
+app.command("predict")(predict_command)
+app.command()(export)
+app.command("sync")(sync_command)
+stack_commands(app)
+app.command()(doctor)
+app.command()(automations)
 
 SpecOption = Annotated[str, typer.Option("--spec", help="Experiment: a name in flows/runs/ or a YAML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change one value: key.path=value. May be repeated.")]
@@ -40,6 +60,23 @@ CodeChangeOption = Annotated[
 ProfileOption = Annotated[
     bool, typer.Option("--profile", help="Keep a trace of a few steps of every cell that trains: trace.json.gz.")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("speck"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What is asked of no command."""
 
 
 def main() -> None:
@@ -138,33 +175,6 @@ def plan(
 
 
 app.command()(evaluate)
-
-
-@app.command()
-def history(dataset: str, as_json: JsonOption = False) -> None:
-    """Registered versions of a dataset's model, newest first, with what was decided and why."""
-    from dataclasses import asdict
-
-    from data.card import load_card
-    from flows.settings import Settings
-    from tracking.client import connect
-    from tracking.registry import history as versions_of
-
-    load_card(dataset)
-    versions = versions_of(connect(Settings().tracking_uri), dataset)
-    if as_json:
-        print_json([asdict(version) for version in versions])
-        return
-    if not versions:
-        typer.echo(f"no model of {dataset} is registered yet; run `speck train-all`")
-    for version in versions:
-        score = version.scores.get("test/coco/AP")
-        typer.echo(
-            f"v{version.version:<3} {version.architecture:16} run {version.run_key} "
-            f"data {version.dataset_version[:12]} "
-            f"AP {'-' if score is None else f'{score:.3f}'}  {version.verdict or 'undecided'}"
-            f"{' [' + ', '.join(version.aliases) + ']' if version.aliases else ''}: {version.reason}"
-        )
 
 
 @app.command()
@@ -272,7 +282,7 @@ def _train(
     plain_terminal(sys.stderr if as_json else sys.stdout)
     settings = Settings()
     with prefect_api(settings.home):
-        from flows.report import Unfinished
+        from flows.report import Report, Unfinished
         from flows.train_all import train_all
 
         try:
@@ -282,6 +292,7 @@ def _train(
             )  # fmt: skip
         except Unfinished as error:
             report = error.report
+    assert isinstance(report, Report)  # only a deployment's run is held back
     _print_report(report, settings.storage, as_json)
     if report.failed or report.not_promoted:
         raise Unfinished(report)

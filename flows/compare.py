@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,7 @@ from evaluation.comparison_page import Side, write_comparison
 from evaluation.samples import samples_by
 from evaluation.significance import Comparison, Difference, NotComparable, compare
 from evaluation.tables import tabulate
+from flows.differences import Fact, differences
 from flows.evaluate import dataset_folder
 from flows.settings import Settings
 from training.artifacts import read_operating_point
@@ -44,12 +45,13 @@ class Grouping(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparedRuns:
-    """Two finished runs on one split; differences are the second's less the first's."""
+    """Two finished runs on one split; differences are the second's less the first's. `facts`: see `differences`."""
 
     runs: tuple[RunResult, RunResult]
     split: ScoredSplit
     comparison: Comparison
     grouping: Grouping
+    facts: dict[str, list[Fact]]
 
     @property
     def headline(self) -> str:
@@ -71,6 +73,7 @@ class ComparedRuns:
             "split": self.split,
             "resampled": self.grouping.kind,
             "notes": notes_on(self),
+            "differences": {kind: [fact._asdict() for fact in facts] for kind, facts in self.facts.items()},
             **asdict(self.comparison),
         }
 
@@ -98,14 +101,12 @@ def compare_runs(
     truth = read_ground_truth(folder, split)
     artifacts = [settings.storage / run.run_key / "artifacts" for run in (first, second)]
     detections = [json.loads((path / f"detections_{split}.json").read_bytes()) for path in artifacts]
-    one, two = (tabulate(truth, found) for found in detections)
-    grouping = group_images(one.file_names, first.spec.dataset.card)
     options = first.scores[split].options
-    protocol = first.spec.dataset.card.protocol
-    sample = partial(samples_by, protocol, max_dets=options.max_dets, ignore_rule=options.ignore_rule)
-    groups = np.array(grouping.groups, np.int64)
-    comparison = compare(one, two, sample, groups=groups, num_samples=num_samples, seed=seed)
-    compared = ComparedRuns((first, second), split, comparison, grouping)
+    comparison, grouping = compare_detections(
+        truth, (detections[0], detections[1]), first.spec.dataset.card,
+        max_dets=options.max_dets, num_samples=num_samples, seed=seed,
+    )  # fmt: skip
+    compared = ComparedRuns((first, second), split, comparison, grouping, differences(first, second, settings))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "comparison.json", json.dumps(compared.as_json(), indent=1, allow_nan=False))
@@ -125,12 +126,36 @@ def compare_runs(
             ignore_rule=options.ignore_rule,
             comparison=comparison,
             notes=notes_on(compared),
+            facts=compared.facts,
         )
     return compared
 
 
+def compare_detections(
+    truth: Mapping[str, Any],
+    detections: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]],
+    card: DatasetCard,
+    *,
+    max_dets: int,
+    num_samples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[Comparison, Grouping]:
+    """Compare two sets of detections on one ground truth by COCO's protocol and the card's own.
+
+    Raises:
+        NotComparable: too few images, or sequences that are not known.
+    """
+    one, two = (tabulate(truth, found) for found in detections)
+    grouping = group_images(one.file_names, card)
+    sample = partial(samples_by, card.protocol, max_dets=max_dets, ignore_rule=card.ignore_rule)
+    groups = np.array(grouping.groups, np.int64)
+    comparison = compare(one, two, sample, groups=groups, num_samples=num_samples, seed=seed, confidence=confidence)
+    return comparison, grouping
+
+
 def require_same_rules(first: RunResult, second: RunResult, split: ScoredSplit) -> None:
-    """Raises NotComparable: another dataset or version, or scored by other rules."""
+    """Raises NotComparable: another dataset or version of it, another protocol, or scored by other rules."""
     one, two = (_rules(run, split) for run in (first, second))
     differing = [f"{name} ({one[name]} and {two[name]})" for name in one if one[name] != two[name]]
     if differing:
@@ -145,6 +170,7 @@ def _rules(run: RunResult, split: ScoredSplit) -> dict[str, object]:
     return {
         "dataset": run.spec.dataset.name,
         "dataset version": run.spec.dataset.version,
+        "protocol": run.scores[split].protocol,
         "max_dets": options.max_dets,
         "ignore_rule": options.ignore_rule,
     }

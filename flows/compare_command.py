@@ -1,8 +1,9 @@
-"""`speck compare`: is one finished run better than another, or did the pictures that it was scored on fall that way."""
+"""`speck compare`: is one finished run better than another, or did the pictures fall that way; and what made it so."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,11 +15,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from evaluation.significance import Comparison
+    from flows.differences import Fact
+    from flows.pairing import Pair
+    from flows.settings import Settings
 
 
 def compare_command(
-    run_a: Annotated[str, typer.Argument(help="Run key of a finished run, or its beginning.")],
-    run_b: Annotated[str, typer.Argument(help="The run that is compared with it.")],
+    dataset: Annotated[str, typer.Argument(help="Dataset that both were trained on.")],
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN_A RUN_B]",
+            help="Run keys of two finished runs, or their beginnings; without, the champion and the best other by val.",
+        ),
+    ] = None,
     split: Annotated[Literal["val", "test"], typer.Option(help="Split that both are scored on.")] = "test",
     samples: Annotated[int, typer.Option(min=1, help="Samples of images that both are scored on.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
@@ -27,26 +37,46 @@ def compare_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two finished runs' scores on one split by paired bootstrap: differences with 95% intervals."""
+    """Compare two finished runs: scores with 95% intervals by paired bootstrap, parameters, data, code and cost."""
     from flows.compare import compare_runs, notes_on
-    from flows.evaluate import find_result
     from flows.settings import Settings
 
     settings = Settings()
-    first, second = (find_result(run, settings) for run in (run_a, run_b))
-    compared = compare_runs(first, second, settings, split, num_samples=samples, seed=seed, out=out)
+    pair = _pair(dataset, runs or [], settings, split)
+    compared = compare_runs(pair.first, pair.second, settings, split, num_samples=samples, seed=seed, out=out)
     if as_json:
-        print_json(compared.as_json())
+        print_json({"why": pair.why, **compared.as_json()})
         return
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for name, result in (("A", first), ("B", second)):
+    typer.echo(pair.why)
+    for name, result in (("A", pair.first), ("B", pair.second)):
         typer.echo(f"{name}: {result.spec.title}, run {result.run_key}")
-    dataset = first.spec.dataset
-    console.print(as_table(compared.comparison, f"{dataset.name} {dataset.version[:12]} {split}"))
+    version = pair.first.spec.dataset.version
+    console.print(as_table(compared.comparison, f"{dataset} {version[:12]} {split}"))
+    console.print(facts_table(compared.facts))
     for note in notes_on(compared):
         typer.echo(note)
+    if out is not None:
+        typer.echo(f"where they differ, in pictures: {out / 'comparison.html'}")
+
+
+def _pair(dataset: str, runs: Sequence[str], settings: Settings, split: Literal["val", "test"]) -> Pair:
+    from flows.evaluate import find_result
+    from flows.pairing import Pair, pair_of
+
+    if not runs:
+        return pair_of(dataset, settings, split)
+    if len(runs) != 2:
+        raise typer.BadParameter("name two runs after their dataset, or the dataset alone", param_hint="[RUN_A RUN_B]")
+    first, second = (find_result(run, settings) for run in runs)
+    for run in (first, second):
+        if run.spec.dataset.name != dataset:
+            raise typer.BadParameter(
+                f"run {run.run_key} is of {run.spec.dataset.name}, not of {dataset}", param_hint="DATASET"
+            )
+    return Pair(first, second, "the runs that were named")
 
 
 def as_table(comparison: Comparison, title: str) -> Table:
@@ -69,4 +99,21 @@ def as_table(comparison: Comparison, title: str) -> Table:
             name, f"{found.first:.4f}", f"{found.second:.4f}", f"{found.difference:+.4f}", bounds, share,
             found.verdict or "",
         )  # fmt: skip
+    return table
+
+
+def facts_table(facts: Mapping[str, Sequence[Fact]]) -> Table:
+    """One row a fact, kind by kind."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="what differs beside the scores, and what it cost")
+    for column in ("", "", "A", "B"):
+        table.add_column(column, overflow="fold")
+    for kind, found in facts.items():
+        for place, fact in enumerate(found):
+            # As it is: brackets in a value are no markup.
+            table.add_row("" if place else kind, *(Text(cell) for cell in fact))
+        if not found:
+            table.add_row(kind, "all the same")
     return table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -131,7 +133,8 @@ def restore(name: str, version: VersionArgument) -> None:
     from data.restore import restore as bring_back
     from flows.settings import REPO
 
-    restored = bring_back(name, version, REPO)
+    with _announced(name):
+        restored = bring_back(name, version, REPO)
     typer.echo(f"{name}: data/processed/{name} and dvc.lock hold version {restored.version}")
     if restored.changed_deps:
         typer.echo(
@@ -179,6 +182,21 @@ def _versioned() -> dict[str, str]:
     return {name: version.version for name, version in found.items() if version is not None}
 
 
+@contextmanager
+def _announced(name: str) -> Iterator[None]:
+    """Let the Prefect server that the environment names know if the dataset has another version after this block."""
+    from data.versioning import current_version
+    from flows.settings import REPO
+
+    before = current_version(name, REPO)
+    yield
+    now = current_version(name, REPO)
+    if "PREFECT_API_URL" in os.environ and now is not None and (before is None or before.version != now.version):
+        from flows.events import dataset_changed
+
+        dataset_changed(name, now.version, "" if before is None else before.version)
+
+
 def _each(names: list[str], action: Callable[[str], str]) -> None:
     """Do it for every dataset, whatever becomes of the others; exit code 1 if one failed."""
     from data.objects import StoreError
@@ -202,7 +220,8 @@ def report(name: str, as_json: JsonOption = False) -> None:
     from data.versioning import version_dataset
     from flows.settings import REPO
 
-    version = version_dataset(name, REPO).version
+    with _announced(name):
+        version = version_dataset(name, REPO).version
     written = write_report(name, version, REPO)
     if as_json:
         print_json(asdict(written))

@@ -25,9 +25,10 @@ from flows.experiment import readable_errors
 from flows.settings import REPO, Settings
 from training.artifacts import write_artifacts
 from training.checkpoint import write_json
-from training.jobs import Cluster, Jobs, code_snapshot, embedded_cluster
-from training.meter import PROGRESS_MARK
+from training.cluster import Cluster, embedded_cluster
+from training.jobs import Jobs, code_snapshot
 from training.records import RunResult, hash_files, read_journal, read_result, write_result
+from training.say import PROGRESS_MARK
 from training.scoring import (
     DETECTED,
     ORDER,

@@ -46,52 +46,32 @@ def evaluate(
         )
     from dataclasses import asdict
 
-    from flows.evaluate import dataset_folder, score_run, with_rules
-    from flows.find_model import find_model
+    from flows.evaluate_model import evaluate_model
     from flows.settings import Settings
-    from training.artifacts import write_scores
-    from training.latency import measure_latency, speed_of
-    from training.scoring import score_options, split_inputs
 
-    settings = Settings()
-    with find_model(model, settings, dataset=dataset, architecture=architecture) as found:
-        spec = with_rules(
-            found.spec,
-            found.tiling,
-            input_size_px=input_size,
-            tiled=tiled,
-            tile_size_px=tile_size,
-            tile_overlap_px=tile_overlap,
-            flip=flip,
-            max_dets=max_dets,
-        )
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-        detector, by_split = score_run(
-            spec,
-            found.weights,
-            settings,
-            [split],
-            operating_point=found.operating_point,
-            workers=workers,
-            say=lambda line: typer.echo(line, err=as_json),
-        )
-        folder, device = dataset_folder(spec, settings), next(detector.parameters()).device
-        timed = measure_latency(spec, detector, split_inputs(spec, folder, split), device) if latency else None
-    elsewhere = {
-        "on the dataset": found.spec.run_key != found.run_key,
-        "under the options": score_options(spec) != score_options(found.spec),
-    }
-    chosen = [how for how, is_so in elsewhere.items() if is_so and found.operating_point is not None]
-    # On another dataset the spec has another key, but the weights are still that run's.
-    scored = by_split[split]
-    scored = scored._replace(result=scored.result.model_copy(update={"run_key": found.run_key}))
-    if out is not None:
-        write_scores(out, spec, {split: scored}, folder, None if timed is None else speed_of(timed))
+    scored, timed, chosen = evaluate_model(
+        model,
+        Settings(),
+        split,
+        dataset=dataset,
+        architecture=architecture,
+        rules={
+            "input_size_px": input_size,
+            "tiled": tiled,
+            "tile_size_px": tile_size,
+            "tile_overlap_px": tile_overlap,
+            "flip": flip,
+            "max_dets": max_dets,
+        },
+        workers=workers,
+        latency=latency,
+        out=out,
+        say=lambda line: typer.echo(line, err=as_json),
+    )
     if as_json:
         print_json(scored.result.model_dump(mode="json") | ({} if timed is None else {"latency": asdict(timed)}))
     else:
-        _print(scored, timed, " and ".join(chosen))
+        _print(scored, timed, chosen)
 
 
 def _print(scored: Scored, latency: Latency | None, chosen: str) -> None:

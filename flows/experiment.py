@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data.card import did_you_mean, load_card
+from flows.budget import Budget
 from training.spec import (
     ArchitectureSpec,
     ComputeSpec,
@@ -33,7 +34,8 @@ class Experiment(BaseModel):
     """The product of architectures, datasets and seeds under one recipe. One file of `flows/runs/`.
 
     `settings` changes an architecture's own settings: architecture name -> setting -> value; a list of such changes
-    makes a cell of each. `training_by_dataset` changes the recipe for a dataset: dataset name -> key -> value.
+    makes a cell of each. `training_by_dataset` changes the recipe for a dataset: dataset name -> key -> value. `budget`
+    ends a run in order, and changes no cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +48,7 @@ class Experiment(BaseModel):
     training_by_dataset: dict[str, dict[str, Any]] = Field(default_factory=dict)
     scoring: ScoringSpec = ScoringSpec()
     compute: ComputeSpec = ComputeSpec()
+    budget: Budget = Budget()
 
     @field_validator("settings", mode="before")
     @classmethod
@@ -65,6 +68,12 @@ class Experiment(BaseModel):
         if len(set(axis)) != len(axis):
             raise ValueError("every value must occur once")
         return axis
+
+    @model_validator(mode="after")
+    def _hours_have_a_price(self) -> Experiment:
+        if self.budget.price is not None and self.compute.price_per_hour is None:
+            raise ValueError("budget.price needs compute.price_per_hour, of a GPU or of a CPU")
+        return self
 
     @model_validator(mode="after")
     def _every_worker_has_work(self) -> Experiment:
@@ -110,18 +119,22 @@ class Experiment(BaseModel):
         """
         from training.state import require_parts
 
+        architectures = self.resolved_architectures()
         cold = [
             RunSpec(
                 architecture=architecture,
-                dataset=DatasetSpec(name=dataset, version=versions[dataset], card=load_card(dataset)),
-                training=self._resolved_training(dataset),
+                dataset=dataset,
+                training=self._resolved_training(dataset.name),
                 scoring=self.scoring,
                 compute=self.compute,
                 seed=seed,
             )
-            for dataset in self.datasets
-            if dataset in versions
-            for architecture in self.resolved_architectures()
+            for dataset in (
+                DatasetSpec(name=name, version=versions[name], card=load_card(name))
+                for name in self.datasets
+                if name in versions
+            )
+            for architecture in architectures
             for seed in self.seeds
         ]
         cells = [spec.with_warm_start(warm_start(spec)) for spec in cold]
@@ -264,7 +277,7 @@ def _forget(content: Any, path: Sequence[str]) -> None:
 def readable_errors(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
     """One line for each problem: key, value, rule, and the nearest known key where one is unknown."""
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "experiment"
+        key = ".".join(str(part) for part in problem["loc"]) or "the whole"
         if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             known = _fields_at(model, problem["loc"][:-1])
             hint = did_you_mean(str(problem["loc"][-1]), known)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -15,16 +16,20 @@ from data.card import DatasetCard, load_card
 from data.tiling import TileGrid
 from data.versioning import current_version
 from evaluation.analysis_records import OperatingPoint
+from flows.decisions import decisions
 from flows.evaluate import find_result
 from flows.experiment import readable_errors
 from flows.settings import REPO, Settings
 from tracking.client import connect
 from tracking.packaging import download_verified
-from tracking.registry import history
+from tracking.registry import Version, history
 from training.artifacts import read_operating_point
 from training.checkpoint import file_sha256
 from training.scoring import score_options
 from training.spec import ArchitectureSpec, ComputeSpec, DatasetSpec, RunSpec, TrainingSpec, resolve_precision
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 REGISTRY = "models:/"
 URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
@@ -100,18 +105,25 @@ def _registered(uri: str, settings: Settings, folder: Path) -> Path:
     if (asked := URI.fullmatch(uri)) is None:
         raise UnknownModel(f"{uri!r} must be models:/NAME@alias or models:/NAME/VERSION")
     client = connect(settings.tracking_uri)
-    versions = history(client, asked["name"])
+    version = find_version(client, asked["name"], asked["alias"] or asked["version"], settings)
+    return download_verified(client, asked["name"], version.version, folder)
+
+
+def find_version(client: MlflowClient, dataset: str, asked: str, settings: Settings) -> Version:
+    """The registered version with the number or the alias `asked`; what an alias means the ledger says.
+
+    Raises UnknownModel when there is none, and what `decisions` does.
+    """
+    if not asked.isdecimal():
+        decisions(client, settings, dataset)
+    versions = history(client, dataset)
     for version in versions:
-        if asked["alias"] in version.aliases or str(version.version) == asked["version"]:
-            return download_verified(client, asked["name"], version.version, folder)
+        if asked in version.aliases or str(version.version) == asked:
+            return version
     known = ", ".join(str(version.version) + "".join(f" @{alias}" for alias in version.aliases) for version in versions)
     raise UnknownModel(
-        f"{uri!r} is not registered. "
-        + (
-            f"Versions of {asked['name']}: {known}"
-            if known
-            else f"{asked['name']!r} has no version; run `speck train-all`"
-        )
+        f"{dataset}@{asked} is not registered. "
+        + (f"Versions of {dataset}: {known}" if known else f"{dataset!r} has no version; run `speck train-all`")
     )
 
 

@@ -188,6 +188,8 @@ def _runs(settings: Settings, needs: _Needs) -> Iterator[Garbage]:
         rest = [path for path in sorted(folder.iterdir()) if path.name != "attempts"]
         if rest and folder.name not in needs.trainings:
             yield _together("superseded run", folder.name, rest)
+    for path in sorted((settings.home / "reproduced").glob("*/runs/*/result.json")):
+        yield _tree("finished reproduction", path.parents[2])
     for path in sorted([*settings.storage.glob("*/artifacts.partial"), *settings.storage.glob(f"{SCRATCH}*")]):
         yield _tree("leftover of a killed run", path)
 

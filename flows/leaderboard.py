@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from flows.budget import BudgetSpent
 from flows.cells import CellOutcome
 from flows.plan import PlannedCell
 from training.jobs import CellFailed
@@ -26,7 +27,8 @@ SCORES = ("val_ap", "test_ap", "test_ap50", "test_ap_small")
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: scores are COCO's, on test unless the name says val; `error` says why there are none.
+    """One cell: scores are COCO's, on test unless the name says val; `error` says why there are none. Its state is
+    `failed` then, or `stopped` where the budget was spent.
 
     `label` is the architecture with what differs from its own settings.
 
@@ -96,7 +98,8 @@ def make_rows(
         }
         if isinstance(outcome, Exception):
             wall_s = outcome.job_s or None if isinstance(outcome, CellFailed) else None
-            rows.append(Row(**common, wall_s=wall_s, state="failed", error=_first_line(outcome)))
+            state = "stopped" if isinstance(outcome, BudgetSpent) else "failed"
+            rows.append(Row(**common, wall_s=wall_s, state=state, error=_first_line(outcome)))
             continue
         val, test = outcome.result.scores["val"].metrics, outcome.result.scores["test"].metrics
         rows.append(
@@ -197,18 +200,21 @@ def spent(rows: Sequence[Row]) -> str:
     """One sentence: what was trained, what was reused and what that saved, and what all of it has cost."""
     trained = [row for row in rows if row.wall_s is not None and row.error is None]
     reused = [row for row in rows if row.wall_s is None and row.error is None]
-    failed = [row for row in rows if row.error is not None]
+    stopped = [row for row in rows if row.state == "stopped"]
+    failed = [row for row in rows if row.error is not None and row not in stopped]
     estimated = [row.estimated_s for row in trained if row.estimated_s is not None]
     parts = []
     if trained:
         whole = f" (estimated {sum(estimated):.0f} s)" if len(estimated) == len(trained) else ""
         took = sum(row.wall_s or 0.0 for row in trained)
-        parts.append(f"{len(trained)} trained in {took:.0f} s{whole}")
+        parts.append(f"{len(trained)} trained in {took:.0f} cell-seconds{whole}")
     if reused:
         parts.append(f"{len(reused)} reused, which saved {sum(row.trained_s or 0.0 for row in reused):.0f} s")
     if failed:
         after = f" after {sum(row.wall_s or 0.0 for row in failed):.0f} s"
         parts.append(f"{len(failed)} failed{after if any(row.wall_s for row in failed) else ''}")
+    if stopped:
+        parts.append(f"{len(stopped)} left for the next run, because the budget is spent")
     if any(row.num_starts for row in rows):
         parts.append(f"cost of all attempts (useful): {_cost(rows)}")
     return f"{len(rows)} {'cell' if len(rows) == 1 else 'cells'}: {'; '.join(parts)}"

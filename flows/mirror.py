@@ -16,7 +16,8 @@ from data.whole_file import write_whole
 from flows.settings import Settings
 from training.checkpoint import CHECKPOINTS
 from training.records import RESULT, supersede, training_id
-from training.run import WARM_START, stop_name
+from training.requests import stop_name
+from training.run import WARM_START
 from training.state import warm_start_path
 from training.store import MANIFEST, FolderStore, RunStore, Stored, open_store
 
@@ -70,6 +71,17 @@ def mirror(store: RunStore, folder: Path, wanted: Callable[[str], bool] = is_rec
         known = {name: stored for name, stored in known.items() if name in there}
         _write_index(folder, known | {name: there[name] for name in brought})
     return brought
+
+
+def pull_all(settings: Settings) -> None:
+    """Bring what is new of all runs in storage, and of the trainings that were put aside. Raises StorageUnavailable."""
+    if settings.storage_url is None:
+        return
+    root = _root(settings)
+    attempts = [name for name in root.names() if _is_attempt(f"/{name}")]
+    for place in sorted({name.partition(f"/{ATTEMPTS}/")[0] for name in attempts}):
+        is_aside = place.startswith(f"{SUPERSEDED}/")
+        mirror(root.below(place), (settings.storage.parent if is_aside else settings.storage) / place)
 
 
 class Mirror:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import models
+from data.store import default_root
 from data.summary import summarise
 from evaluation.result import score_key
 from flows.mirror import Mirror
@@ -19,6 +22,7 @@ from training.checkpoint import (
     newest_first,
     read_manifest,
     verify_checkpoint,
+    write_json,
 )
 from training.code import training_code_hash
 from training.probe import Probe, probe
@@ -33,6 +37,9 @@ State = Literal["cached", "stale", "score", "resume", "train"]
 OVERHEAD_S = 25.0
 # Of that, what a run does not know of itself: submitting its job, and noticing the end.
 OUTSIDE_JOB_S = 8.0
+# In the node's store. What was measured on a busy machine must not be believed for ever.
+PROBES = ".probes"
+PROBE_HOLDS_S = 86_400.0
 # Pictures, detections and curves beside the weights.
 PICTURES_BYTES = 5 * 2**20
 
@@ -72,7 +79,9 @@ def plan_cells(
     specs: Sequence[RunSpec], settings: Settings, on_code_change: OnCodeChange = "warn"
 ) -> list[PlannedCell]:
     """Plan every cell, with an estimate for those that need training."""
-    planned = [plan_cell(spec, settings, on_code_change) for spec in specs]
+    # Every cell of an architecture is trained by the same code, which takes a second to read.
+    code_hashes = {name: _code_hash(name) for name in {spec.architecture.name for spec in specs}}
+    planned = [plan_cell(spec, settings, on_code_change, code_hashes[spec.architecture.name]) for spec in specs]
     pace = _Pace(settings.storage)
 
     def expected(cell: PlannedCell) -> PlannedCell:
@@ -86,11 +95,16 @@ def _warm_share(spec: RunSpec, settings: Settings) -> float | None:
     return None if weights is None else fit(spec, warm_start_path(settings.storage, weights)).share
 
 
-def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = "warn") -> PlannedCell:
-    """Decide from what lies in storage whether a cell is done, half done or new. Raises StorageUnavailable."""
+def plan_cell(
+    spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = "warn", code_hash: str | None = None
+) -> PlannedCell:
+    """Decide from what lies in storage whether a cell is done, half done or new. Raises StorageUnavailable.
+
+    `code_hash`: of the code that would train it, where that is known already.
+    """
     run_folder, mirror = settings.storage / spec.run_key, Mirror(settings, spec.run_key)
     mirror.pull()
-    code_hash = training_code_hash(REPO, models.ARCHITECTURES[spec.architecture.name].build.__module__)
+    code_hash = code_hash or _code_hash(spec.architecture.name)
     damaged = ""
     try:
         result = _read_result(mirror)
@@ -112,6 +126,10 @@ def plan_cell(spec: RunSpec, settings: Settings, on_code_change: OnCodeChange = 
                 return PlannedCell(spec, "train", why, code_hash, superseding=True)
         return PlannedCell(spec, "resume", why, code_hash, epochs_done=manifest.epoch)
     return PlannedCell(spec, "train", damaged or "nothing was trained with this configuration and data", code_hash)
+
+
+def _code_hash(architecture: str) -> str:
+    return training_code_hash(REPO, models.ARCHITECTURES[architecture].build.__module__)
 
 
 def _read_result(mirror: Mirror) -> RunResult | None:
@@ -165,7 +183,7 @@ class _Pace:
             return None
         kind = str(_kind(spec))
         if kind not in self._known:
-            self._known[kind] = self._speed(spec)
+            self._known[kind] = self._speed(cell)
         speed = self._known[kind]
         if speed is None:
             return None
@@ -176,13 +194,14 @@ class _Pace:
         seconds += (validations * counts["val"] + counts["test"]) * speed.score_s_per_image + speed.overhead_s
         return Estimate(seconds, speed.disk_bytes, speed.source)
 
-    def _speed(self, spec: RunSpec) -> _Speed | None:
+    def _speed(self, cell: PlannedCell) -> _Speed | None:
+        spec = cell.spec
         alike = [(folder, result) for folder, result in self._finished if _kind(result.spec) == _kind(spec)]
         if alike:
             folder, result = max(alike, key=lambda pair: pair[1].finished_ms)
             return _measured(folder, result)
         try:
-            probed = probe(spec)
+            probed = _probe(spec, cell.code_hash, default_root() / PROBES)
         except Exception:
             # An architecture that does not run is the fault of its own cells: they will say why.
             return None
@@ -236,6 +255,20 @@ def folder_bytes(folder: Path) -> int:
 
 def _images_trained(entry: JournalEntry) -> float:
     return entry.metrics.get("train/images_per_s", 0.0) * entry.metrics.get("time/train_s", 0.0)
+
+
+def _probe(spec: RunSpec, code_hash: str, folder: Path) -> Probe | None:
+    """How fast a kind of cell is on this machine, by a probe of today if there was one: each takes seconds."""
+    identity = (_kind(spec), code_hash)
+    path = folder / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError, TypeError):
+        if time.time() - path.stat().st_mtime < PROBE_HOLDS_S:
+            return Probe(**json.loads(path.read_bytes()))
+    found = probe(spec)
+    if found is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(found))
+    return found
 
 
 def _probed(found: Probe, compute: ComputeSpec) -> _Speed:

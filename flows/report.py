@@ -30,4 +30,7 @@ class Unfinished(RuntimeError):
         self.report = report
         faults = [f"{row.title}: {row.error}" for row in report.failed]
         faults += [f"nothing promoted for {name}: {reason}" for name, reason in report.not_promoted.items()]
-        super().__init__(f"{len(report.failed)} of {len(report.rows)} cells failed. " + "; ".join(faults))
+        num_stopped = sum(row.state == "stopped" for row in report.failed)
+        what = f"{len(report.failed) - num_stopped} of {len(report.rows)} cells failed"
+        left = f", {num_stopped} are left for the next run" if num_stopped else ""
+        super().__init__(f"{what}{left}. " + "; ".join(faults))

@@ -22,6 +22,13 @@ def say(message: str) -> None:
     _print(message)
 
 
+def log(message: str) -> None:
+    """Log a line of the current flow or task run that is of no interest on the terminal."""
+    from prefect import get_run_logger
+
+    get_run_logger().info(message)
+
+
 def warn(message: str) -> None:
     """Log a warning of the current flow or task run."""
     from prefect import get_run_logger

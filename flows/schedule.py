@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from flows.cells import CellOutcome
+from flows.budget import BudgetSpent
+from flows.cells import Cancelled, CellOutcome
 from flows.plan import PlannedCell
 from training.jobs import demand
 
@@ -34,12 +35,14 @@ def run_cells(
     start: Callable[[PlannedCell], Future],
     room: Callable[[Sequence[str]], Mapping[str, float]],
     stop: threading.Event,
+    spent: Callable[[], str | None] = lambda: None,
 ) -> list[tuple[PlannedCell, CellOutcome | Exception]]:
     """Run every cell; the outcomes in the order of `cells`.
 
     `room(own)`: CPUs and GPUs that jobs other than those of the run keys `own` leave free. A cell is never passed by
     a longer one's successors: the next waits until it fits, alone if it must. When this thread is interrupted, `stop`
-    is set and the cells under way are waited for.
+    is set and the cells under way are waited for. So it is when `spent` says why the budget is; then cells that would
+    train are not started any more, and those that were stopped have BudgetSpent for an outcome, too.
     """
     # Scoring happens here, one cell at a time; the cluster should not wait for it.
     waiting = sorted(
@@ -53,16 +56,23 @@ def run_cells(
     done: queue.SimpleQueue[str] = queue.SimpleQueue()
     try:
         while waiting or running:
+            if (why := spent()) is not None and (running or any(cell.trains for cell in waiting)):
+                stop.set()
+                outcomes |= {cell.spec.run_key: BudgetSpent(f"not started: {why}") for cell in waiting if cell.trains}
+                waiting = [cell for cell in waiting if not cell.trains]
             while waiting and _fits(waiting[0], [cell for cell, _ in running.values()], room):
                 cell = waiting.pop(0)
                 key = cell.spec.run_key
                 running[key] = cell, start(cell)
                 running[key][1].add_done_callback(lambda _, key=key: done.put(key))
             try:
-                key = done.get(timeout=LOOK_EVERY_S if waiting else None)
+                key = done.get(timeout=LOOK_EVERY_S)
             except queue.Empty:
                 continue
-            outcomes[key] = _outcome(running.pop(key)[1])
+            outcome = _outcome(running.pop(key)[1])
+            if isinstance(outcome, Cancelled) and (why := spent()) is not None:
+                outcome = BudgetSpent(f"stopped at a checkpoint: {why}")
+            outcomes[key] = outcome
     except BaseException:
         stop.set()
         _wait(set(running), done)

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from training.store import is_s3
@@ -20,21 +21,30 @@ class Settings(BaseSettings):
     """`SPECK_HOME`: what runs leave behind. `SPECK_RAY_JOBS_URL`: job API of a running cluster; unset means embedded.
 
     `RAY_ADDRESS`: that cluster's own address, where its machine runs several: Ray would take the latest.
+    `SPECK_RAY_MAX_CPUS`, `SPECK_RAY_MAX_GPUS`: what its autoscaler may bring it to; by default it does not grow.
 
     `SPECK_STORAGE`: `s3://bucket/prefix` where the cluster keeps runs; unset means the folder `runs` of the home, which
     all its nodes see. `SPECK_DATA_SOURCE`: DVC storage that the nodes fetch dataset versions from.
-    `MLFLOW_TRACKING_URI`: a tracking server; unset means SQLite and a folder under the home.
+    `SPECK_LEDGER`: `storage`, beside the runs, or `home`, in SQLite, where the S3 server takes no conditional writes.
+    `MLFLOW_TRACKING_URI`: a tracking server; unset means SQLite and a folder under the home. `SPECK_WEBHOOK_URL`: who
+    is told of failures and promotions.
     """
 
     # An address may hold a password, which an error must not show.
-    model_config = SettingsConfigDict(env_prefix="SPECK_", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SPECK_", env_ignore_empty=True, frozen=True, hide_input_in_errors=True
+    )
 
     home: Path = REPO / ".speck"
     ray_jobs_url: str | None = None
     ray_address: str = Field("auto", validation_alias="RAY_ADDRESS")
+    ray_max_cpus: float = Field(0, ge=0)
+    ray_max_gpus: float = Field(0, ge=0)
     storage_url: str | None = Field(None, validation_alias="SPECK_STORAGE")
+    ledger: Literal["storage", "home"] = "storage"
     data_source: str = str(REPO / ".dvc" / "cache")
     mlflow_tracking_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
+    webhook_url: SecretStr | None = None
 
     @field_validator("home", mode="after")
     @classmethod
@@ -59,6 +69,16 @@ class Settings(BaseSettings):
     def storage(self) -> Path:
         """Where runs keep checkpoints, journals and results; with a `storage_url`, this machine's copies of those."""
         return self.home / "runs"
+
+    @property
+    def may_grow_to(self) -> dict[str, float]:
+        """CPUs and GPUs that the cluster's autoscaler may bring it to."""
+        return {"CPU": self.ray_max_cpus, "GPU": self.ray_max_gpus}
+
+    @property
+    def ledger_url(self) -> str | None:
+        """Where on S3 the ledger of promotions is; None where it is a file of the home."""
+        return self.storage_url if self.ledger == "storage" else None
 
     @property
     def tracking_uri(self) -> str:
@@ -100,7 +120,10 @@ def _send_what_waits() -> None:
 
 
 def prepare_environment(home: Path) -> None:
-    """Set what the libraries read at import: no telemetry, Prefect's local state beside ours. What is set stays."""
+    """Set what the libraries read at import: no telemetry, Prefect's local state beside ours. What is set stays.
+
+    An empty PREFECT_API_URL names no server, and is taken out.
+    """
     defaults = {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -109,7 +132,9 @@ def prepare_environment(home: Path) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     }
-    if "PREFECT_API_URL" not in os.environ:
+    if not os.environ.get("PREFECT_API_URL"):
+        # A variable that a shell left empty; Prefect would take it for an address.
+        os.environ.pop("PREFECT_API_URL", None)
         defaults["PREFECT_HOME"] = str(home / "prefect")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -13,12 +13,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from flows.decisions import champion_of
 from flows.evaluate import UnknownRun, find_result
 from flows.experiment import Experiment
 from flows.settings import Settings
 from models.weights import from_public_yolox, is_public_yolox
 from tracking.client import connect
-from tracking.registry import champion, download
+from tracking.packaging import download_verified
 from training.checkpoint import file_sha256
 from training.records import Attempt
 from training.spec import RunSpec
@@ -42,7 +43,8 @@ def specs_of(experiment: Experiment, dataset: str, version: str, settings: Setti
         NoSuchWeights: the file is missing, damaged or more than tensors, no run of that key has finished, or the
             weights are not finite or fit less than half of an architecture.
         BadFreeze: a part that is frozen is not among the weights.
-        TrackingUnavailable: the champion cannot be asked for.
+        DigestMismatch: the champion's files are not those that were registered.
+        TrackingUnavailable, and what `flows.decisions.decisions` raises: the champion cannot be asked for.
     """
     asked = experiment.training_for(dataset).warm_start
     return experiment.cells({dataset: version}, _resolver(asked, settings) if asked else lambda _: None)
@@ -160,12 +162,12 @@ def _earlier_starts(settings: Settings) -> dict[str, str | None]:
 
 def _from_champion(spec: RunSpec, settings: Settings) -> str | None:
     client = connect(settings.tracking_uri)
-    holder = champion(client, spec.dataset.name)
+    holder = champion_of(client, settings, spec.dataset.name)
     if holder is None or holder.architecture != spec.architecture.name:
         return None
     with tempfile.TemporaryDirectory(prefix="speck-warm-start-") as folder:
-        download(client, holder, ("spec.json", "weights.safetensors"), Path(folder))
-        own = RunSpec.model_validate_json((Path(folder) / "spec.json").read_bytes())
+        artifacts = download_verified(client, spec.dataset.name, holder.version, Path(folder)) / "artifacts"
+        own = RunSpec.model_validate_json((artifacts / "spec.json").read_bytes())
         if own.architecture != spec.architecture:
             return None
         # The champion came out of this very cell, or of its twin with another seed: whoever starts from it again
@@ -173,7 +175,7 @@ def _from_champion(spec: RunSpec, settings: Settings) -> str | None:
         twin = own.with_warm_start(None).model_copy(update={"seed": spec.seed})
         if twin.run_key == spec.with_warm_start(None).run_key:
             return own.training.warm_start
-        return _keep(Path(folder) / "weights.safetensors", settings)
+        return _keep(artifacts / "weights.safetensors", settings)
 
 
 def _keep(weights: Path, settings: Settings) -> str:

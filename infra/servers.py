@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import json
 import os
 import secrets
@@ -17,7 +19,9 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from http.client import HTTPResponse
 from pathlib import Path
+from typing import Any
 
 HOST = "127.0.0.1"
 GUARD = Path(__file__).with_name("guard.py")
@@ -25,6 +29,9 @@ GUARD = Path(__file__).with_name("guard.py")
 START_S = 240.0
 STOP_S = 15.0
 POLL_S = 0.2
+# Prefect holds a request for up to 30 s for a connection to its database, for up to 60 s for SQLite's lock.
+BUSY_S = 90.0
+ANSWER_S = 30.0
 
 
 class ServerFailed(RuntimeError):
@@ -38,6 +45,15 @@ class Credentials:
     user: str
     password: str = field(repr=False)
     session_key: str = field(repr=False)
+
+    @property
+    def basic(self) -> str:
+        """The `Authorization` header of HTTP's basic scheme."""
+        return f"Basic {base64.b64encode(f'{self.user}:{self.password}'.encode()).decode()}"
+
+    def secret_of(self, server: str) -> str:
+        """A secret for one server alone: whoever learns it learns nothing about the password or another's secret."""
+        return hmac.new(self.session_key.encode(), server.encode(), hashlib.sha256).hexdigest()[:40]
 
 
 @dataclass(frozen=True)
@@ -97,8 +113,13 @@ def free_port(preferred: int = 0) -> int:
     raise ServerFailed(f"no free port on {HOST}. Stop a server that is no longer needed")
 
 
-def mlflow_server(home: Path, port: int, credentials: Credentials) -> Server:
-    """MLflow over `home/mlflow.db` and `home/mlartifacts`; writes `home/mlflow-auth.ini`, which holds no secret."""
+def mlflow_server(
+    home: Path, port: int, credentials: Credentials, *, database: str | None = None, artifacts: str | None = None
+) -> Server:
+    """MLflow over the addresses of a database and of a place for artifacts, by default in `home`.
+
+    Writes `home/mlflow-auth.ini`, which holds no secret.
+    """
     ini = home / "mlflow-auth.ini"
     # Hashing the password takes 0.3 s; without the cache that is the price of every single request.
     settings = {
@@ -110,14 +131,15 @@ def mlflow_server(home: Path, port: int, credentials: Credentials) -> Server:
     ini.write_text("\n".join(lines) + "\n", encoding="utf-8")
     url = f"http://{HOST}:{port}"
     options = {
-        "--backend-store-uri": f"sqlite:///{home / 'mlflow.db'}",
-        "--artifacts-destination": (home / "mlartifacts").as_uri(),
+        "--artifacts-destination": artifacts or (home / "mlartifacts").as_uri(),
         "--host": HOST,
         "--port": str(port),
         "--workers": "1",
         "--app-name": "basic-auth",
     }
     environment = {
+        # Not as an option: it may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": database or f"sqlite:///{home / 'mlflow.db'}",
         "MLFLOW_AUTH_ADMIN_USERNAME": credentials.user,
         "MLFLOW_AUTH_ADMIN_PASSWORD": credentials.password,
         "MLFLOW_AUTH_CONFIG_PATH": str(ini),
@@ -127,22 +149,28 @@ def mlflow_server(home: Path, port: int, credentials: Credentials) -> Server:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     command = (sys.executable, "-m", "mlflow", "server", *(part for option in options.items() for part in option))
-    probe_url = f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0"
-    return Server("MLflow", command, _environment(environment), url, probe_url, credentials)
+    return Server("MLflow", command, _environment(environment), url, mlflow_probe(url), credentials)
 
 
-def prefect_server(home: Path, port: int, credentials: Credentials) -> Server:
-    """Prefect's API and UI over `home/prefect`."""
+def mlflow_probe(url: str) -> str:
+    """What an MLflow server tells only those that it knows."""
+    return f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0"
+
+
+def prefect_server(home: Path, port: int, credentials: Credentials, *, database: str | None = None) -> Server:
+    """Prefect's API and UI over the address of a database, by default one in `home/prefect`."""
     url = f"http://{HOST}:{port}"
     environment = {
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_API_AUTH_STRING": f"{credentials.user}:{credentials.password}",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_API_URL": f"{url}/api",
+        # For links in notifications.
+        "PREFECT_UI_URL": url,
         # Kept in memory, the leases of killed runs would be lost with the server, and their slots never freed.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "true",
-    }
+    } | ({} if database is None else {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database})
     command = (sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port))
     return Server("Prefect", command, _environment(environment), url, f"{url}/api/admin/version", credentials)
 
@@ -155,14 +183,14 @@ def running(server: Server, log: Path, *, start_s: float = START_S) -> Iterator[
     """
     with guarded(server.command, server.environment, log) as process:
         deadline = time.monotonic() + start_s
-        while _status(server.probe_url, server.credentials) != 200:
+        while status(server.probe_url, server.credentials.basic) != 200:
             if process.poll() is not None or time.monotonic() > deadline:
                 what = "died" if process.poll() is not None else f"did not answer within {start_s:.0f} s"
                 end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
                 raise ServerFailed(f"{server.name} at {server.url} {what}. Read {str(log)!r}, which ends:\n{end}")
             time.sleep(POLL_S)
         yield process
-    if _status(server.probe_url, server.credentials) is not None:
+    if status(server.probe_url, server.credentials.basic) is not None:
         raise ServerFailed(f"{server.name} at {server.url} still answers after it was stopped. Look for its process")
 
 
@@ -200,13 +228,39 @@ def _environment(changes: Mapping[str, str]) -> dict[str, str]:
     return kept | dict(changes)
 
 
-def _status(url: str, credentials: Credentials) -> int | None:
-    token = base64.b64encode(f"{credentials.user}:{credentials.password}".encode()).decode()
-    request = urllib.request.Request(url, headers={"Authorization": f"Basic {token}"})
+def status(url: str, authorization: str | None = None) -> int | None:
+    """The status that a GET answers with, None where nobody answers. `authorization` is the header of that name."""
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as answer:
+        with ask(url, authorization) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
     except OSError:
         return None
+
+
+def ask(url: str, authorization: str | None = None, body: object = None, *, timeout_s: float = 5.0) -> HTTPResponse:
+    """The answer to a GET, or with a `body` to a POST of it as JSON. Raises urllib's HTTPError, and OSError."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": authorization} if authorization else {})
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    # No proxy: these servers are this machine's own.
+    answer: HTTPResponse = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
+    return answer
+
+
+def ask_prefect(api_url: str, authorization: str, path: str, body: object = None, *, patience_s: float = BUSY_S) -> Any:
+    """The JSON answer of Prefect's API to a GET of `path`, or to a POST where there is a body. Raises as `ask`.
+
+    A server on SQLite says 503, or nothing for long, while another of its own writes holds the database; this comes
+    again then for `patience_s`, as Prefect's own client does. A `body` has to bear being sent twice.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            with ask(f"{api_url}/{path.lstrip('/')}", authorization, body, timeout_s=ANSWER_S) as answer:
+                return json.load(answer)
+        except (urllib.error.HTTPError, TimeoutError) as error:
+            is_busy = isinstance(error, TimeoutError) or error.code == 503
+            if not is_busy or time.monotonic() > until:
+                raise
+            time.sleep(1.0)

@@ -46,6 +46,7 @@ def serve(home: Path, mlflow_port: int, prefect_port: int) -> None:
         ]
         for server in servers:
             print(f"{server.name:8} {server.url}")
+        print("MLflow opens for language models: choose Model training at its top left, once.")
         print(f"User and password are in {home / 'credentials.json'}; Prefect's page asks for them as user:password.")
         print("Ctrl-C stops both.", flush=True)
         while all(process.poll() is None for _, process in started):

@@ -216,6 +216,10 @@ class ForegroundProbe(nn.Module):
         """Return one `Detections` per image: score = refined objectness times the likeliest class's probability."""
         return self.base.postprocess(predictions.refined(self.unselected), config)
 
+    def scored_boxes(self, predictions: ForegroundProbePredictions) -> tuple[Tensor, Tensor]:
+        """Return all boxes (B, A, 4) and their scores (B, A, C): refined objectness times the class's probability."""
+        return self.base.scored_boxes(predictions.refined(self.unselected))
+
     def anchor_scores(self, predictions: ForegroundProbePredictions) -> AnchorScores:
         """Return the factors of the scores; foreground is the refined objectness."""
         return predictions.refined(self.unselected).anchor_scores()

@@ -84,11 +84,11 @@ class PostprocessConfig:
 
 
 class Detector(Protocol):
-    """A `torch.nn.Module` with three verbs, forward, criterion and postprocess, and what its scores are made of.
+    """A `torch.nn.Module` with three verbs, forward, criterion and postprocess, and what comes before the last.
 
     `forward` takes images uint8 or float (B, 3, H, W), BGR, 0..255, H and W multiples of the largest
     stride, and returns raw predictions whose type belongs to the architecture. It may be wrapped in
-    DistributedDataParallel; `criterion`, `postprocess` and `anchor_scores` hold no parameters and are
+    DistributedDataParallel; `criterion`, `postprocess`, `scored_boxes` and `anchor_scores` hold no parameters and are
     called on the detector itself.
     """
 
@@ -105,6 +105,13 @@ class Detector(Protocol):
 
     def postprocess(self, predictions: Any, config: PostprocessConfig) -> list[Detections]:
         """One `Detections` per image."""
+        ...
+
+    def scored_boxes(self, predictions: Any) -> tuple[Tensor, Tensor]:
+        """Boxes float32 (B, A, 4) and scores (B, A, C) of all anchor points, before any threshold.
+
+        `postprocess` chooses among them, by the likeliest class of each; an exported network ends here.
+        """
         ...
 
     def anchor_scores(self, predictions: Any) -> AnchorScores:

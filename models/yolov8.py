@@ -132,6 +132,10 @@ class Yolov8(nn.Module):
         rows = zip(predictions.decoded_boxes_xyxy_px(), logits.sigmoid(), labels, strict=True)
         return [select_detections(*row, config) for row in rows]
 
+    def scored_boxes(self, predictions: DistributionPredictions) -> tuple[Tensor, Tensor]:
+        """Return all boxes (B, A, 4) and their scores (B, A, C): the class's probability."""
+        return predictions.decoded_boxes_xyxy_px(), predictions.class_logits.sigmoid()
+
     def anchor_scores(self, predictions: DistributionPredictions) -> AnchorScores:
         """Return the factors of the scores; see `DistributionPredictions.anchor_scores`."""
         return predictions.anchor_scores()

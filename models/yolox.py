@@ -125,6 +125,11 @@ class Yolox(nn.Module):
         images = zip(predictions.decoded_boxes_xyxy_px(), scores, labels, strict=True)
         return [select_detections(*image, config) for image in images]
 
+    def scored_boxes(self, predictions: AnchorPredictions) -> tuple[Tensor, Tensor]:
+        """Return all boxes (B, A, 4) and their scores (B, A, C): objectness times the class's probability."""
+        scores = predictions.objectness_logits.sigmoid().unsqueeze(2) * predictions.class_logits.sigmoid()
+        return predictions.decoded_boxes_xyxy_px(), scores
+
     def anchor_scores(self, predictions: AnchorPredictions) -> AnchorScores:
         """Return the factors of the scores; see `AnchorPredictions.anchor_scores`."""
         return predictions.anchor_scores()

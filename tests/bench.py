@@ -28,6 +28,7 @@ from data.headers import read_header
 from data.loader import AugmentConfig, DetectionDataset
 from models.interface import Targets
 from tests.bench_evaluation import evaluation_against_pycocotools, memory_of_a_large_set
+from tests.bench_operations import operations_benches
 from tests.bench_training import training_benches, waiting_for_data
 from training.jobs import ALLOCATOR
 
@@ -50,6 +51,7 @@ def main() -> None:
         for num_processes in (0, 1):
             waiting_for_data(Path(folder), num_processes)
     training_benches()
+    operations_benches()
     step_in_bf16_against_fp32("yolox-nano", size_px=320)
     step_in_bf16_against_fp32("yolox-s", size_px=640)
     for name in ("yolox-nano", "yolox-tiny", "yolox-s", "yolov8-n", "yolov8-n-p2"):
@@ -61,15 +63,15 @@ def main() -> None:
 
 
 def step_in_bf16_against_fp32(name: str, size_px: int, batch: int = 8) -> None:
-    """A training step under bf16 autocast and channels_last against plain fp32."""
-    plain, fast = _detector(name), _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """A training step in plain fp32 against one under bf16 autocast, which `precision: auto` chooses between."""
+    detector = _detector(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randint(0, 256, (batch, 3, size_px, size_px), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
     targets = _targets(batch, per_image=25, size_px=size_px)
-    channels_last = images.contiguous(memory_format=torch.channels_last)
     compare(
-        f"{name} step at {size_px} px, batch {batch}: fp32 against bf16 + channels_last",
-        lambda: _step(plain, images, targets, bf16=False),
-        lambda: _step(fast, channels_last, targets, bf16=True),
+        f"{name} step at {size_px} px, batch {batch}: fp32 against bf16",
+        lambda: _step(detector, images, targets, bf16=False),
+        lambda: _step(detector, images, targets, bf16=True),
     )
 
 

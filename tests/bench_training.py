@@ -20,16 +20,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flows.record import Recorder
 from models.interface import Targets
 from tests.conftest import CARD, store, write_squares
 from tests.services.two_nodes import namespaces_refused, ray_nodes
+from training.cluster import embedded_cluster
 from training.feeding import to_device, training_data
-from training.jobs import Jobs, code_snapshot, embedded_cluster
+from training.jobs import Jobs, code_snapshot
 from training.loop import Hooks, train_one_epoch
-from training.records import JournalEntry, read_journal, read_result, record_attempt
+from training.records import JournalEntry, journal_entry, read_journal, read_result, record_attempt, write_entry
 from training.shares import PARTS
 from training.spec import ArchitectureSpec, ComputeSpec, DatasetSpec, RunSpec, TrainingSpec, resolve_precision
 from training.state import TrainingState, build_state, set_training_mode
+from training.system import SystemMeter
 from training.workers import Workers
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +51,7 @@ def training_benches() -> None:
         write_squares(prepared, {"train": 96, "val": 8, "test": 8})
         for name in ("yolox-nano", "yolox-s"):
             our_step_against_bare(name, prepared)
+        recording_against_none(Path(folder) / "recording", prepared)
         trainings(Path(folder), prepared)
     torch.set_num_threads(num_threads)
 
@@ -82,6 +86,47 @@ def our_step_against_bare(name: str, folder: Path, size_px: int = 320, num_steps
     print(
         f"{title}: forward, backward, optimiser against our step: {alone:.3f} s / {our:.3f} s = {alone / our:.1%}; "
         f"losses included: {with_losses:.3f} s, {with_losses / our:.1%}",
+        flush=True,
+    )
+
+
+def recording_against_none(folder: Path, prepared: Path, num_epochs: int = 3) -> None:
+    """An epoch whose numbers go to the journal and on to MLflow, in SQLite, against one whose numbers go nowhere."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    recording: list[float] = []
+    spec = run_spec("yolox-nano", size_px=320)
+    batches = first_epoch(spec, prepared)
+    state = build_state(spec, ALONE.device)
+    run_folder = folder / spec.run_key
+    meter, warnings = SystemMeter(), list[str]()
+    attempt = record_attempt(run_folder, spec, data_source="", code_hash="0" * 12)
+    recorder = Recorder(f"sqlite:///{folder / 'mlflow.db'}", None, warnings.append)
+    recorder.begin(attempt, run_folder)
+
+    def record(metrics: dict[str, float], step: int, epoch: int) -> None:
+        told = metrics | meter.read() | {"step": step, "epoch": epoch, "timestamp_ms": time.time_ns() // 1_000_000}
+        write_entry(run_folder, journal_entry(attempt, told))
+        recorder.sync(run_folder)
+
+    for turn in range(4 * num_epochs * REPEATS):
+        is_recorded = turn % 4 in (1, 2)  # Neither side always follows the other.
+        started = time.process_time()
+        state.steps_in_epoch = 0
+        metrics = train_one_epoch(spec, state, state.model, batches, ALONE, NOTHING, closing=False)  # type: ignore[arg-type]
+        if is_recorded:
+            trained = time.process_time()
+            record(metrics | {f"val/coco/metric_{n}": 0.5 for n in range(20)}, state.step, turn)
+            recording.append(time.process_time() - trained)
+        seconds[is_recorded].append(time.process_time() - started)
+    meter.close()
+    assert not warnings, warnings
+    # The first of each prepares.
+    on, off = (statistics.median(seconds[side][1:]) for side in (True, False))
+    one = statistics.median(recording[1:])
+    print(
+        f"an epoch of {len(batches)} steps with its numbers in journal and MLflow, against without: {on:.3f} "
+        f"/ {off:.3f} s of processor time = {on / off:.3f}; recording is {one:.3f} s, 1% of an epoch of "
+        f"{100 * one:.0f} s",
         flush=True,
     )
 
@@ -183,7 +228,7 @@ def trainings(folder: Path, prepared: Path) -> None:
     ray, torchrun, ray_alone, alone, unsynced, at_once, *on_nodes = pace.values()
     print(f"yolox-nano at 320 px, batch 16, {one().training.precision}, one thread a worker, epochs after the first:")
     print(f"    Ray Train against torchrun, 2 workers: {ray:.2f} / {torchrun:.2f} images/s = {ray / torchrun:.3f}")
-    print(f"    the same, 1 worker, so that Ray's own processes find a core: {ray_alone / alone:.3f}")
+    print(f"    the same, 1 worker: {ray_alone:.2f} / {alone:.2f} = {ray_alone / alone:.3f}")
     print(f"    1 to 2 workers: {torchrun:.2f} / {alone:.2f} images/s = {torchrun / alone:.2f}")
     for nodes in on_nodes:
         print(f"    1 to 2 workers, {ON_NODES}: {nodes:.2f} / {ray_alone:.2f} = {nodes / ray_alone:.2f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from hypothesis import HealthCheck, settings
 from data.card import DatasetCard
 from training.spec import ArchitectureSpec, ComputeSpec, DatasetSpec, RunSpec, ScoringSpec, TrainingSpec
 
+# A shell has what it starts in the background ignore Ctrl-C, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A machine that is busy elsewhere makes an example slow, and no test may fail for that.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")

@@ -24,6 +24,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SQLITE = "sqlite:///"
+MAX_CAUSE = 300
+PART_BYTES = 16 * 2**20
 # A dead server costs about 5 s (refused) or 50 s (no answer), where MLflow's own defaults take minutes to hours.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -32,6 +34,10 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # Past this a server with artifacts on S3 has a file sent there in parts, which are a file only once all are there.
+    # Through itself, it would answer when S3 has the whole file, which may be later than the time-out above.
+    "MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE": str(PART_BYTES),
+    "MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE": str(PART_BYTES),
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",
 }
@@ -42,8 +48,16 @@ class TrackingUnavailable(RuntimeError):
 
 
 def redacted(text: str) -> str:
-    """`text` with the user and password of every URL in it replaced by `***`."""
-    return re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+    """`text` with the user and password of every URL in it replaced by `***`, and the signature of one that has it."""
+    text = re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+    return re.sub(r"(?i)\b((?:x-amz-)?(?:signature|security-token)=)[^&\s'\"]+", r"\1***", text)
+
+
+def run_page(tracking_uri: str, run_id: str) -> str | None:
+    """Address of a run's page, without the user and password of the server's; None where the store is no server."""
+    if tracking_uri.startswith(SQLITE):
+        return None
+    return f"{re.sub('(?<=://)[^/]+@', '', tracking_uri).rstrip('/')}/#/runs/{run_id}"
 
 
 def artifact_root(tracking_uri: str) -> Path | None:
@@ -119,8 +133,20 @@ def speaks_to_store(
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 0
             raise _unavailable(client.tracking_uri, error, status) from None
+        except Exception as error:
+            if not _is_of_s3(error):
+                raise
+            raise _unavailable(client.tracking_uri, error) from None
 
     return call
+
+
+def _is_of_s3(error: Exception) -> bool:
+    """Whether a server that leaves artifacts to its clients sent this one to an S3 that failed.
+
+    The packages are named and not imported: that takes 0.2 s, and most stores need none of them.
+    """
+    return type(error).__module__.partition(".")[0] in ("boto3", "botocore")
 
 
 def _status(error: Exception) -> int:
@@ -133,6 +159,10 @@ def _unavailable(tracking_uri: str, error: Exception, status: int = 0) -> Tracki
         remedy = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a user with write permission"
     else:
         rule = "the tracking store must be reachable and writable"
-        remedy = "Start the server or correct MLFLOW_TRACKING_URI. The journal is kept; the flow's next run sends it"
+        remedy = (
+            "Start the server or correct MLFLOW_TRACKING_URI. What runs have to tell is kept beside them, and "
+            "`speck sync` sends it"
+        )
     cause = redacted(str(error)).strip().splitlines() or [type(error).__name__]
-    return TrackingUnavailable(f"{redacted(tracking_uri)!r}: {rule}. {remedy}. Cause: {cause[0][:300]}")
+    shown = cause[0] if len(cause[0]) <= MAX_CAUSE else f"{cause[0][:MAX_CAUSE]}..."
+    return TrackingUnavailable(f"{redacted(tracking_uri)!r}: {rule}. {remedy}. Cause: {shown}")

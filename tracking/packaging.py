@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
 
 DIGEST = "speck.digest"
+CARD = "model_card.md"
 REQUIREMENTS = ("mlflow", "numpy", "opencv-python-headless", "pandas", "safetensors", "torch")
 PREDICTOR = Path(__file__).parent / "predictor.py"
 REGISTRATION = "\n\nfrom mlflow.models import set_model  # noqa: E402\n\nset_model(Predictor())\n"
@@ -29,25 +31,42 @@ class DigestMismatch(RuntimeError):
     """A registered model's files are not the ones that were registered: they must not be loaded."""
 
 
+@dataclass(frozen=True)
+class Inference:
+    """How evaluation made the detections that the model's score counts; a packaged model makes them the same way.
+
+    `precision` is fp32 or bf16; `tiling`, with `size_px` and `overlap_px`, the tiles that pictures are looked at by;
+    `flip`: their mirror images are looked at as well; `postprocess` are the arguments of
+    `models.interface.PostprocessConfig`.
+    """
+
+    input_size_px: int
+    precision: str
+    tiling: Mapping[str, int] | None
+    flip: bool
+    postprocess: Mapping[str, float]
+
+
 def package(
     weights: Path,
     spec_json: str,
     operating_point_json: str,
     models_folder: Path,
+    tile_merging: Path,
     out: Path,
     *,
     architecture: str,
     settings: Mapping[str, Any],
     class_names: Sequence[str],
-    input_size_px: int,
-    postprocess: Mapping[str, float],
+    inference: Inference,
+    card: str,
 ) -> Path:
     """Writes an MLflow pyfunc model to the new folder `out` and returns it.
 
-    `weights` is a safetensors file of the detector's state; `settings` and `postprocess` are the keyword arguments of
-    `models.build` and `models.interface.PostprocessConfig`; `operating_point_json` tells users from which score to take
-    a detection seriously. No pickle is written. The copy of `models_folder` is named
-    by its content, so that two versions loaded in one process cannot see each other's code.
+    `weights` is a safetensors file of the detector's state; `settings` are the keyword arguments of `models.build`;
+    `operating_point_json` tells users from which score to take a detection seriously; `card` is Markdown for people.
+    No pickle is written. The copy of `models_folder`, in which the file `tile_merging` finds a place, is named by its
+    content, so that two versions loaded in one process cannot see each other's code.
 
     Raises FileExistsError when `out` exists.
     """
@@ -60,13 +79,13 @@ def package(
         "architecture": architecture,
         "settings": dict(settings),
         "class_names": list(class_names),
-        "input_size_px": input_size_px,
-        "postprocess": dict(postprocess),
+        **asdict(inference),
     }
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
         models = staging / "models"
         shutil.copytree(models_folder, models, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(tile_merging, models / "tile_merging.py")
         models = models.rename(staging / f"speck_models_{digest(models)[:8]}")
         shutil.copy(weights, staging / "weights.safetensors")
         (staging / "spec.json").write_text(spec_json, encoding="utf-8")
@@ -84,9 +103,10 @@ def package(
                 "models": str(models),
             },
             signature=_signature(),
-            input_example=_example(input_size_px),
+            input_example=_example(inference.input_size_px),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
+    (out / CARD).write_text(card, encoding="utf-8")
     return out
 
 
@@ -128,6 +148,7 @@ def download_verified(client: MlflowClient, model_name: str, version: int, into:
     Raises DigestMismatch when the files differ from the registered digest.
     """
     import mlflow.artifacts
+    from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 
     registered = client.get_model_version(model_name, str(version))
     folder = Path(
@@ -138,6 +159,8 @@ def download_verified(client: MlflowClient, model_name: str, version: int, into:
     # Left behind where somebody loaded the model in place; Python would run it instead of the source.
     for cache in list(folder.rglob("__pycache__")):
         shutil.rmtree(cache)
+    # MLflow's own, written into a local folder by whoever loads from it by the model's name; nothing of it is read.
+    (folder / REGISTERED_MODEL_META_FILE_NAME).unlink(missing_ok=True)
     found, expected = digest(folder), registered.tags.get(DIGEST, "")
     if found != expected:
         raise DigestMismatch(

@@ -1,15 +1,16 @@
-"""The model registry: one registered model per dataset, its versions, and the aliases `champion` and `previous`."""
+"""The model registry: one registered model per dataset, its versions and their aliases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracking.client import speaks_to_store
-from tracking.packaging import DIGEST, digest
+from tracking.model_card import MAX_DESCRIPTION, as_description
+from tracking.packaging import CARD, DIGEST, digest
 from tracking.runs import RUN_KEY, upload
 
 if TYPE_CHECKING:
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
+CHALLENGER = "challenger"
 ARCHITECTURE = "speck.architecture"
 DATASET_VERSION = "speck.dataset_version"
 VERDICT = "speck.verdict"
 REASON = "speck.reason"
 SCORE_PREFIX = "speck.score."
+# Parts a verdict from the card in a version's description.
+BELOW_VERDICT = "\n\n---\n\n"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def register(
     """The version number of the run in `model_name`: the one that exists, else a new one from `model_folder`.
 
     The folder becomes an artifact of the run, in a directory named by its digest, so that a half-finished upload
-    of another packaging can never mix with it. Raises ValueError for a score that is not finite.
+    of another packaging can never mix with it. Its model card becomes the version's description.
+    Raises ValueError for a score that is not finite.
     """
     for metric, score in scores.items():
         if not math.isfinite(score):
@@ -95,13 +100,10 @@ def register(
         DIGEST: folder_digest,
     }
     source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{artifact_path}"
-    return int(client.create_model_version(model_name, source, run_id, tags=all_tags).version)
-
-
-@speaks_to_store
-def champion(client: MlflowClient, model_name: str) -> Version | None:
-    """The version that holds the alias `champion`, None when there is none yet."""
-    return next((version for version in history(client, model_name) if CHAMPION in version.aliases), None)
+    card = model_folder / CARD
+    description = as_description(card.read_text(encoding="utf-8"), folder_digest) if card.is_file() else None
+    created = client.create_model_version(model_name, source, run_id, tags=all_tags, description=description)
+    return int(created.version)
 
 
 @speaks_to_store
@@ -139,22 +141,24 @@ def record_verdict(client: MlflowClient, model_name: str, version: int, *, promo
 
 
 @speaks_to_store
-def promote(client: MlflowClient, model_name: str, version: int) -> None:
-    """Moves `champion` to `version`, and `previous` to the version that held it."""
-    holder = (_aliases(client, model_name) or {}).get(CHAMPION)
-    if holder == version:
-        return
-    if holder is not None:
-        client.set_registered_model_alias(model_name, PREVIOUS, str(holder))
-    client.set_registered_model_alias(model_name, CHAMPION, str(version))
+def show_verdict(client: MlflowClient, model_name: str, version: int, markdown: str) -> None:
+    """Shows the latest verdict on the version's page, above its card; both are cut where MLflow allows no more."""
+    found = client.get_model_version(model_name, str(version))
+    card = (found.description or "").rpartition(BELOW_VERDICT)[2]
+    if len(markdown) > MAX_DESCRIPTION // 2:
+        rows, end, _ = markdown[: MAX_DESCRIPTION // 2].rpartition("|\n")
+        markdown = f"{rows}{end}\n... (`speck history` has all)"
+    text = as_description(f"{markdown}{BELOW_VERDICT}{card}", found.tags.get(DIGEST, ""))
+    client.update_model_version(model_name, str(version), text)
 
 
 @speaks_to_store
-def download(client: MlflowClient, version: Version, names: Iterable[str], folder: Path) -> Path:
-    """Fetch artifacts of the version's run into `folder` and return it."""
-    for name in names:
-        client.download_artifacts(version.run_id, name, str(folder))
-    return folder
+def move_alias(client: MlflowClient, model_name: str, alias: str, version: int | None) -> None:
+    """Puts an alias on `version`, or on none. Who may decide that is `tracking.authority`'s matter."""
+    if version is None:
+        client.delete_registered_model_alias(model_name, alias)
+    else:
+        client.set_registered_model_alias(model_name, alias, str(version))
 
 
 def _ensure_model(client: MlflowClient, model_name: str) -> None:

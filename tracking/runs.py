@@ -6,16 +6,16 @@ import hashlib
 import json
 import logging
 import math
-import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tracking.client import artifact_root, redacted, speaks_to_store
+from tracking.client import PART_BYTES, redacted, speaks_to_store
 from tracking.names import metric_name
+from tracking.tagged import ensure_tagged, find_tagged
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,9 +29,8 @@ RUN_KEY = "speck.run_key"
 TRAINING = "speck.training"
 SUPERSEDED_BY = "speck.superseded_by"
 TRAIN_ALL = "speck.train_all"
+PROCESS = "speck.process"
 NUM_NON_FINITE = "speck.num_non_finite"
-# Opens in the UI's view for training rather than in the one for language-model traces.
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
@@ -40,7 +39,10 @@ SUMS = "SHA256SUMS"
 
 @dataclass(frozen=True)
 class DatasetRef:
-    """A dataset version: `version` is the DVC hash, `num_images` counts by split, `source` a path or URL."""
+    """A dataset version: `version` is the DVC hash, `num_images` counts by split, `source` a path or URL.
+
+    Where nobody knows the counts of that version any more, the dataset is told as a whole.
+    """
 
     name: str
     version: str
@@ -68,10 +70,41 @@ class Replayed:
     num_repeated: int
 
 
+class Sent(NamedTuple):
+    """Counts of what MLflow lacked."""
+
+    num_metrics: int
+    num_files: int
+
+
+class FoundRun(NamedTuple):
+    """A run of MLflow, and whether somebody deleted it."""
+
+    run_id: str
+    is_deleted: bool
+
+
 @speaks_to_store
-def ensure_parent(client: MlflowClient, *, train_all_id: str, name: str, start_time_ms: int) -> str:
+def ensure_parent(
+    client: MlflowClient, *, train_all_id: str, name: str, start_time_ms: int, process: Mapping[str, object]
+) -> str:
     """The id of the run that stands for one `train-all` (its flow run's id), in the experiment `train-all`."""
-    return _ensure(client, PARENT_EXPERIMENT, TRAIN_ALL, train_all_id, name, start_time_ms).info.run_id  # type: ignore[no-any-return]
+    run_id: str = ensure_tagged(client, PARENT_EXPERIMENT, TRAIN_ALL, train_all_id, name, start_time_ms).info.run_id
+    client.set_tag(run_id, PROCESS, json.dumps(process))
+    return run_id
+
+
+@speaks_to_store
+def end_abandoned(client: MlflowClient, is_dead: Callable[[Mapping[str, Any]], bool]) -> list[str]:
+    """Mark runs of `train-all` as killed that say to be running though their process is gone; returns their names."""
+    if (experiment := client.get_experiment_by_name(PARENT_EXPERIMENT)) is None:
+        return []
+    running = f"attributes.status = 'RUNNING' and tags.`{PROCESS}` != ''"
+    found = client.search_runs([experiment.experiment_id], running)
+    gone = [run for run in found if is_dead(json.loads(run.data.tags[PROCESS]))]
+    for run in gone:
+        client.set_terminated(run.info.run_id, "KILLED")
+    return [run.info.run_name for run in gone]
 
 
 @speaks_to_store
@@ -127,11 +160,13 @@ def ensure_run(
     """
     from mlflow.entities import Param, RunTag
 
-    run = _ensure(client, experiment, TRAINING, training_id, name, start_time_ms)
+    run = ensure_tagged(client, experiment, TRAINING, training_id, name, start_time_ms)
     run_id: str = run.info.run_id
     if training_id != run_key and RUN_KEY not in run.data.tags:
-        for earlier in _find(client, run.info.experiment_id, RUN_KEY, run_key):
-            client.set_tag(earlier.info.run_id, SUPERSEDED_BY, run_id)
+        for earlier in find_tagged(client, run.info.experiment_id, RUN_KEY, run_key):
+            # One that somebody deleted takes no tag.
+            if earlier.info.lifecycle_stage == "active" and earlier.data.tags.get(TRAINING) != training_id:
+                client.set_tag(earlier.info.run_id, SUPERSEDED_BY, run_id)
     wanted = {key: _fitting(value) for key, value in params.items()}
     changed = {f"speck.changed.{key}": v for key, v in wanted.items() if run.data.params.get(key, v) != v}
     parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
@@ -147,6 +182,28 @@ def ensure_run(
     return run_id
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What MLflow has of a training; `values` are all that were ever logged of the metric that was asked for."""
+
+    run_id: str
+    status: str
+    tags: Mapping[str, str]
+    values: tuple[float, ...]
+
+
+@speaks_to_store
+def find_training(client: MlflowClient, experiment: str, training_id: str, metric: str) -> Recorded | None:
+    """The run of a training, None where there is none, or it was deleted."""
+    runs = _of_training(client, experiment, training_id)
+    if not runs or runs[0].info.lifecycle_stage != "active":
+        return None
+    info, data, name = runs[0].info, runs[0].data, metric_name(metric)
+    # Earlier releases logged a changed score at the same time as the first, and MLflow calls the higher the latest.
+    logged = client.get_metric_history(info.run_id, name) if name in data.metrics else []
+    return Recorded(info.run_id, info.status, data.tags, tuple(value.value for value in logged))
+
+
 @speaks_to_store
 def replay(client: MlflowClient, run_id: str, entries: Iterable[JournalEntry]) -> Replayed:
     """Sends what is missing of `entries` with their own timestamps; a second replay changes nothing.
@@ -157,7 +214,8 @@ def replay(client: MlflowClient, run_id: str, entries: Iterable[JournalEntry]) -
     """
     from mlflow.entities import Metric
 
-    logged = client.get_run(run_id).data.metrics.keys()
+    # Of each metric the entry of the highest step: past that one there is nothing, and no history need be asked for.
+    latest = {metric.key: metric.step for metric in client.get_run(run_id).data._metric_objs}
     known: dict[str, set[int]] = {}
     seen: set[tuple[str, int]] = set()
     batch: list[Any] = []
@@ -173,10 +231,9 @@ def replay(client: MlflowClient, run_id: str, entries: Iterable[JournalEntry]) -
             if not math.isfinite(value):
                 non_finite.append(key)
                 continue
-            if name not in known:
-                history = client.get_metric_history(run_id, name) if name in logged else []
-                known[name] = {old.step for old in history}
-            if entry.step in known[name]:
+            if entry.step <= latest.get(name, -1) and name not in known:
+                known[name] = {old.step for old in client.get_metric_history(run_id, name)}
+            if entry.step in known.get(name, ()):
                 num_present += 1
             else:
                 batch.append(Metric(name, float(value), entry.timestamp_ms, entry.step))
@@ -196,8 +253,10 @@ def finish(
     scores: Mapping[str, float],
     artifacts_dir: Path | None,
     end_time_ms: int,
-) -> None:
+) -> Sent:
     """Logs new and changed `scores` at `end_time_ms`, uploads such files under `artifacts_dir`, sets the status.
+
+    A score that changed has a later time than the one before it, for of two at once MLflow shows the higher.
 
     Raises ValueError for a score that is not finite, before anything is sent.
     """
@@ -206,39 +265,76 @@ def finish(
     for key, value in scores.items():
         if not math.isfinite(value):
             raise ValueError(f"score {key!r} is {value}: scores must be finite. Find out why before the run is closed")
-    logged = client.get_run(run_id).data.metrics
+    logged = {metric.key: metric for metric in client.get_run(run_id).data._metric_objs}
     named = {metric_name(key): float(value) for key, value in scores.items()}
-    _send(client, run_id, [Metric(key, v, end_time_ms, 0) for key, v in named.items() if logged.get(key) != v])
-    if artifacts_dir is not None:
-        upload(client, run_id, artifacts_dir)
+    new = [
+        Metric(key, value, end_time_ms if old is None else max(end_time_ms, old.timestamp + 1), 0)
+        for key, value in named.items()
+        if (old := logged.get(key)) is None or old.value != value
+    ]
+    _send(client, run_id, new)
+    num_files = 0 if artifacts_dir is None else upload(client, run_id, artifacts_dir)
     client.set_terminated(run_id, status, end_time=end_time_ms)
+    return Sent(len(new), num_files)
+
+
+@speaks_to_store
+def annotate(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Sets tags that are to say what is the case now."""
+    from mlflow.entities import RunTag
+
+    known = client.get_run(run_id).data.tags
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items() if known.get(key) != value])
+
+
+@speaks_to_store
+def find_run(client: MlflowClient, experiment: str, training_id: str) -> FoundRun | None:
+    """A training's run, None where there is none yet."""
+    runs = _of_training(client, experiment, training_id)
+    return FoundRun(runs[0].info.run_id, runs[0].info.lifecycle_stage == "deleted") if runs else None
+
+
+def _of_training(client: MlflowClient, experiment: str, training_id: str) -> list[Any]:
+    found = client.get_experiment_by_name(experiment)
+    return [] if found is None else find_tagged(client, found.experiment_id, TRAINING, training_id)
 
 
 @speaks_to_store
 def upload(client: MlflowClient, run_id: str, folder: Path, under: str = "") -> int:
     """Uploads every file of `folder` to the run's artifacts, below `under`; returns how many had to be sent.
 
-    What was sent is known by its size there and its line in the run's artifact `SHA256SUMS`, which is written last.
+    What was sent is known by its size there and its line in the run's artifact `SHA256SUMS`, which is written after it:
+    what an interruption cut short is sent again.
     """
     present = dict(_artifact_sizes(client, run_id, under or None))
-    sums = _read_sums(client, run_id)
-    num_sent = 0
+    sums = artifact_sums(client, run_id)
+    num_sent = num_unlisted = 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        target = PurePosixPath(under) / path.relative_to(folder).as_posix()
+        target, size_bytes = PurePosixPath(under) / path.relative_to(folder).as_posix(), path.stat().st_size
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if (present.get(str(target)), sums.get(str(target))) != (path.stat().st_size, sha256):
-            parent = str(target.parent)
-            client.log_artifact(run_id, str(path), None if parent == "." else parent)
-            sums[str(target)] = sha256
-            num_sent += 1
-    if num_sent:
-        client.log_text(run_id, "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items())), SUMS)
+        if (present.get(str(target)), sums.get(str(target))) == (size_bytes, sha256):
+            continue
+        parent = str(target.parent)
+        client.log_artifact(run_id, str(path), None if parent == "." else parent)
+        sums[str(target)] = sha256
+        num_sent, num_unlisted = num_sent + 1, num_unlisted + 1
+        if size_bytes >= PART_BYTES:
+            # An interruption later on costs none of it.
+            _write_sums(client, run_id, sums)
+            num_unlisted = 0
+    if num_unlisted:
+        _write_sums(client, run_id, sums)
     return num_sent
 
 
-def _read_sums(client: MlflowClient, run_id: str) -> dict[str, str]:
-    """sha256 by path of the artifacts sent so far."""
+def _write_sums(client: MlflowClient, run_id: str, sums: Mapping[str, str]) -> None:
+    client.log_text(run_id, "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items())), SUMS)
+
+
+@speaks_to_store
+def artifact_sums(client: MlflowClient, run_id: str) -> dict[str, str]:
+    """sha256 by path of the artifacts that were sent to a run so far."""
     if SUMS not in (file.path for file in client.list_artifacts(run_id)):
         return {}
     with tempfile.TemporaryDirectory() as folder:
@@ -268,65 +364,21 @@ def _note_non_finite(client: MlflowClient, run_id: str, names: list[str]) -> Non
         client.set_tag(run_id, NUM_NON_FINITE, count)
 
 
-def _ensure(client: MlflowClient, experiment: str, tag: str, key: str, name: str, start_time_ms: int) -> Any:
-    if not re.fullmatch(r"[\w.-]+", key):
-        raise ValueError(f"{tag} {key!r}: only letters, digits, '_', '.' and '-' can be searched for. Rename it")
-    experiment_id = _experiment_id(client, experiment)
-    if not (runs := _find(client, experiment_id, tag, key)):
-        client.create_run(experiment_id, start_time=start_time_ms, tags={tag: key}, run_name=name)
-        runs = _find(client, experiment_id, tag, key)
-    # A create whose answer got lost is retried by the HTTP layer and may leave two runs: the first one stays.
-    run, *duplicates = runs
-    for duplicate in duplicates:
-        client.set_tag(duplicate.info.run_id, "speck.duplicate_of", run.info.run_id)
-        client.delete_tag(duplicate.info.run_id, tag)
-    if run.info.lifecycle_stage == "deleted":
-        client.restore_run(run.info.run_id)
-    if run.info.status in ("FAILED", "KILLED"):
-        client.update_run(run.info.run_id, status="RUNNING")
-    return run
-
-
-def _find(client: MlflowClient, experiment_id: str, tag: str, key: str) -> list[Any]:
-    from mlflow.entities import ViewType
-
-    runs = client.search_runs([experiment_id], f"tags.`{tag}` = '{key}'", run_view_type=ViewType.ALL)
-    return sorted(runs, key=lambda run: (run.info.lifecycle_stage != "active", run.info.start_time, run.info.run_id))
-
-
-def _experiment_id(client: MlflowClient, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    if (found := client.get_experiment_by_name(name)) is None:
-        root = artifact_root(client.tracking_uri)
-        location = (root / name).as_uri() if root else None
-        try:
-            return client.create_experiment(name, location, tags=EXPERIMENT_TAGS)  # type: ignore[no-any-return]
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return found.experiment_id  # type: ignore[no-any-return]
-
-
 def _log_dataset(client: MlflowClient, run: Any, dataset: DatasetRef) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
 
     # MLflow keeps one input per (name, digest), and with it one context: hence a name per split.
-    names = {f"{dataset.name}/{split}": split for split in dataset.num_images}
+    profiles = {(f"{dataset.name}/{split}", split): {"num_images": n} for split, n in dataset.num_images.items()}
+    profiles = profiles or {(dataset.name, "train"): {}}
     present = {(old.dataset.name, old.dataset.digest) for old in run.inputs.dataset_inputs}
     source = json.dumps({"uri": redacted(dataset.source)})
     inputs = [
         DatasetInput(
-            Dataset(
-                name, dataset.version, "dvc", source, profile=json.dumps({"num_images": dataset.num_images[split]})
-            ),
+            Dataset(name, dataset.version, "dvc", source, profile=json.dumps(profile)),
             [InputTag("mlflow.data.context", split)],
         )
-        for name, split in names.items()
+        for (name, split), profile in profiles.items()
         if (name, dataset.version) not in present
     ]
     if not inputs:

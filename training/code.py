@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from evaluation.result import code_hash, syntax_tree
@@ -28,7 +28,8 @@ def training_code_hash(repo: Path, architecture_module: str) -> str:
         if module in seen or path is None or module in {"models", STARTER}:
             continue
         seen[module] = path
-        pending += _imports(module, path)
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        pending += _imports(package, path.read_bytes())
     return code_hash([seen[module] for module in sorted(seen)])[:12]
 
 
@@ -39,13 +40,14 @@ def _source(repo: Path, module: str) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
-def _imports(module: str, path: Path) -> Iterator[str]:
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(syntax_tree(path)):
+@lru_cache(maxsize=1024)
+def _imports(package: str, source: bytes) -> tuple[str, ...]:
+    found: list[str] = []
+    for node in ast.walk(syntax_tree(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return tuple(found)

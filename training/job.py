@@ -18,13 +18,13 @@ import ray
 from ray.train import TrainingFailedError
 
 from training.launch import build_trainer, causes_told, see_nodes_anew
-from training.meter import PROGRESS_MARK
 from training.records import Attempt, read_attempt
+from training.requests import stop_name
 from training.retry import Failure, GiveUp, classify, decide
-from training.run import stop_name
+from training.say import say_line
 from training.store import RunStore, open_store
 
-# A little less than what `training.jobs` has Ray wait before it kills.
+# A little less than what `training.cluster` has Ray wait before it kills.
 STOP_PATIENCE_S = 12.0
 
 
@@ -34,15 +34,21 @@ def main(run_url: str, number: int) -> None:
         store = open_store(run_url)
         attempt = read_attempt(store, number)
         ray.init(log_to_driver=True, configure_logging=False)
-        stop_on_sigterm(store, number)
-        train(attempt, store.url, Path(folder))
+        train(attempt, store.url, Path(folder), stop_on_sigterm(store, number))
 
 
-def stop_on_sigterm(store: RunStore, number: int) -> None:
-    """From now on SIGTERM, which ends a Ray job, asks the workers to keep a checkpoint and end, and then ends this."""
+def stop_on_sigterm(store: RunStore, number: int) -> threading.Event:
+    """From now on SIGTERM, which ends a Ray job, asks the workers to keep a checkpoint and end, and then ends this.
+
+    Returns what is set by then.
+    """
+    asked = threading.Event()
 
     def ask(*_: object) -> None:
-        print(f"{PROGRESS_MARK} asked to stop", flush=True)
+        if asked.is_set():
+            return
+        asked.set()
+        say_line("asked to stop")
         # Without workers, or where they take too long, nobody else ends this.
         ending = threading.Timer(STOP_PATIENCE_S, os._exit, (128 + signal.SIGTERM,))
         ending.daemon = True
@@ -51,9 +57,10 @@ def stop_on_sigterm(store: RunStore, number: int) -> None:
 
     # Ray has set one that exits at once.
     signal.signal(signal.SIGTERM, ask)
+    return asked
 
 
-def train(attempt: Attempt, run_url: str, ray_folder: Path) -> None:
+def train(attempt: Attempt, run_url: str, ray_folder: Path, stopping: threading.Event) -> None:
     """Keep workers at it until they are done. Raises TrainingFailedError as soon as there is no use in going on."""
     accumulation = attempt.spec.training.accumulation
     history: list[Failure] = []
@@ -65,11 +72,13 @@ def train(attempt: Attempt, run_url: str, ray_folder: Path) -> None:
         except TrainingFailedError as error:
             history.append(classify(error, time.monotonic() - started))
             decision = decide(history, attempt.spec)
+            if stopping.is_set():
+                raise
             if isinstance(decision, GiveUp):
                 error.add_note(decision.told)
                 raise
-        print(f"{PROGRESS_MARK} {history[-1].cause}", flush=True)
-        print(f"{PROGRESS_MARK} {decision.told}", flush=True)
+        say_line(history[-1].cause)
+        say_line(decision.told)
         time.sleep(decision.pause_s)
         see_nodes_anew()
         accumulation = decision.accumulation

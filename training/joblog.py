@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from training.meter import ERROR_MARK, PROGRESS_MARK
+from training.say import ERROR_MARK, PROGRESS_MARK
 
 POLL_S = 0.3
 NUM_TAIL_LINES = 30
+# Ray paints what it passes on.
+COLOUR = re.compile("\x1b\\[[0-9;]*m")
 # After so long without a line the API is asked for a sign of life, and given so long for it.
 QUIET_S = 15.0
 KNOCK_S = 10.0
@@ -68,6 +71,7 @@ class JobLog:
 
     def _take(self, line: str) -> None:
         self._heard = time.monotonic()
+        line = COLOUR.sub("", line)
         self.tail.append(line)
         del self.tail[:-NUM_TAIL_LINES]
         if ERROR_MARK in line and PROGRESS_MARK in line:

@@ -1,23 +1,18 @@
-"""From outside the cluster: start one on this machine, and submit, follow, attach to and stop cells."""
+"""From outside the cluster: submit, follow, attach to and stop cells."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import shutil
-import signal
-import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 
+from training.cluster import Cluster
 from training.joblog import POLL_S, JobLog
 from training.records import Attempt
 from training.spec import ComputeSpec, RunSpec
@@ -32,11 +27,10 @@ ALLOCATOR = (
     "glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
 )
 AGENT_PATIENCE_S = 60.0
-# A job that is stopped keeps a checkpoint first; then Ray kills it.
-KILL_AFTER_S = 15
 STOP_PATIENCE_S = 30.0
 CONTACT_PATIENCE_S = 60.0
 FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
+SUPERVISOR_DIED = "JOB_SUPERVISOR_ACTOR_DIED"
 
 
 class CellFailed(RuntimeError):
@@ -45,109 +39,8 @@ class CellFailed(RuntimeError):
     job_s = 0.0
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A running Ray cluster: `address` for drivers, `jobs_url` of its job API.
-
-    `resources` (CPU, GPU) of a cluster that cannot grow; empty for one that may.
-    """
-
-    address: str
-    jobs_url: str
-    resources: dict[str, float] = field(default_factory=dict)
-
-
-def use_token(home: Path) -> None:
-    """Turn Ray's token authentication on for this process and its children, unless the environment already did.
-
-    The token is made on first use and readable by its owner alone. Must run before ray is imported.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    path = home / "ray_token"
-    if not path.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        # Linked into place whole: of two first starts one wins, and a kill leaves no empty token.
-        with tempfile.NamedTemporaryFile("w", dir=home, prefix=".ray_token-") as stream, suppress(FileExistsError):
-            stream.write(secrets.token_hex(32))
-            stream.flush()
-            os.link(stream.name, path)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-
-
-@contextmanager
-def embedded_cluster(home: Path, *, num_cpus: int | None = None) -> Iterator[Cluster]:
-    """A cluster on this machine that lives as long as this block, and dies with this process even on SIGKILL.
-
-    Its dashboard and job API listen on loopback. Ray's own daemons listen on all addresses whatever they are told;
-    they ask for the token.
-    """
-    use_token(home)
-    # The controller asks its workers for news this often, and every report waits for it.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # Nobody preempts one's own machine; watching for it costs a process at the start.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(KILL_AFTER_S))
-    # Ray would let workers yield to everything else: on a shared machine training then takes twice as long.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # When this process is killed, its jobs' drivers would wait a minute for the cluster to come back.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
-    import ray
-
-    with _agent_at_any_port(), _without_secrets(), _signals_kept():
-        context = ray.init(
-            "local",
-            num_cpus=num_cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=_free_port(),
-            _node_ip_address="127.0.0.1",
-            configure_logging=False,
-            log_to_driver=False,
-        )
-    try:
-        resources = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
-        yield Cluster(context.address_info["gcs_address"], f"http://{context.dashboard_url}", resources)
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _without_secrets() -> Iterator[None]:
-    """Hide the flow's credentials while the cluster starts: its processes inherit the environment, and need none."""
-    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(("MLFLOW_", "PREFECT_"))}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray puts a handler of its own on SIGTERM; the flow's, which ends its cells in order, must stay."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-@contextmanager
-def _agent_at_any_port() -> Iterator[None]:
-    """`ray.init` has no argument for the job agent's port; at its fixed one a machine holds a single cluster."""
-    from ray._private import parameter
-
-    original = parameter.RayParams
-    parameter.RayParams = partial(original, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = original
+class JobLost(CellFailed):
+    """Not by its own fault: its driver was killed, or the cluster died or does not answer. Another may succeed."""
 
 
 class Jobs:
@@ -157,19 +50,40 @@ class Jobs:
         from ray.job_submission import JobSubmissionClient
 
         self._jobs_url = cluster.jobs_url
-        self._client = JobSubmissionClient(cluster.jobs_url)
-        self._resources = cluster.resources
+        with self._contact():
+            self._client = JobSubmissionClient(cluster.jobs_url)
+        self._resources, self._may_grow_to = cluster.resources, cluster.may_grow_to
         # Ray itself would look for any cluster on the machine, and may find another one.
         self._address = {} if cluster.address == "auto" else {"RAY_ADDRESS": cluster.address}
+
+    @contextmanager
+    def _contact(self) -> Iterator[None]:
+        """Raises JobLost where Ray's API does not answer within this block, or answers that it cannot at present."""
+        from requests import RequestException
+
+        try:
+            yield
+        except (RequestException, ConnectionError) as error:
+            raise JobLost(f"Ray's job API at {self._jobs_url} does not answer: {error}") from error
+        except RuntimeError as error:
+            if "status code 5" not in str(error):
+                raise
+            raise JobLost(f"Ray's job API at {self._jobs_url} fails: {error}") from error
 
     @property
     def embedded(self) -> bool:
         """True if the cluster is this process's own, which no other machine reaches."""
         return bool(self._resources)
 
+    def page(self, submission_id: str) -> str:
+        """Address of a job's page on the cluster's dashboard."""
+        return f"{self._jobs_url.rstrip('/')}/#/jobs/{submission_id}"
+
     def living(self, run_key: str) -> str | None:
-        """Submission id of a job of this run that has not ended, or None."""
-        for job in self._client.list_jobs():
+        """Submission id of a job of this run that has not ended, or None. Raises JobLost."""
+        with self._contact():
+            jobs = self._client.list_jobs()
+        for job in jobs:
             name = job.submission_id or ""
             if name.rpartition("-")[0] == run_key and str(job.status.value) not in FINAL:
                 return name
@@ -187,15 +101,11 @@ class Jobs:
 
         Raises:
             CellFailed: the cluster is too small for the job, or did not accept it.
+            JobLost: the cluster does not answer.
         """
-        for kind, wanted in demand(spec).items():
-            there = self._resources.get(kind)
-            if there is not None and wanted > there:
-                raise CellFailed(
-                    f"compute asks for {wanted:g} {kind} over {spec.compute.min_workers} workers, this machine has "
-                    f"{there:g}; set compute.workers or compute.{kind.lower()}s_per_worker lower, and of "
-                    "`speck evaluate` --workers"
-                )
+        from requests import RequestException
+
+        self.require_room(spec)
         environment = (
             self._address
             | {
@@ -212,14 +122,17 @@ class Jobs:
         command += [sys.executable, "-m", *module]
         told = {"run_key": submission_id.rpartition("-")[0]}
         deadline = time.monotonic() + AGENT_PATIENCE_S
+        job = {
+            "entrypoint": shlex.join(command),
+            "submission_id": submission_id,
+            "runtime_env": {"working_dir": str(code_folder), "env_vars": environment},
+            "metadata": told | {kind: str(wanted) for kind, wanted in demand(spec).items()},
+        }
         while True:
             try:
-                self._client.submit_job(
-                    entrypoint=shlex.join(command),
-                    submission_id=submission_id,
-                    runtime_env={"working_dir": str(code_folder), "env_vars": environment},
-                    metadata=told | {kind: str(wanted) for kind, wanted in demand(spec).items()},
-                )
+                self._client.submit_job(**job)
+            except (RequestException, ConnectionError) as error:
+                raise JobLost(f"Ray's job API at {self._jobs_url} does not answer: {error}") from error
             except RuntimeError as error:
                 # A node's job agent comes up seconds after the cluster answers.
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
@@ -228,32 +141,60 @@ class Jobs:
             else:
                 return submission_id
 
+    def require_room(self, spec: RunSpec) -> None:
+        """Raises CellFailed where this machine alone can never hold the run's workers."""
+        compute = spec.compute
+        for kind, wanted in demand(spec).items():
+            there = self._resources.get(kind)
+            if there is not None and wanted > there:
+                raise CellFailed(
+                    f"this machine has {there:g} {kind}s, and {compute.min_workers} workers with "
+                    f"compute.{kind.lower()}s_per_worker each ask for {wanted:g}: lower one of them, or --workers of "
+                    "`speck evaluate`"
+                )
+        if self.embedded and compute.placement == "STRICT_SPREAD" and compute.min_workers > 1:
+            raise CellFailed(
+                f"compute.placement STRICT_SPREAD puts each of {compute.min_workers} workers on a node of its own, and "
+                "this machine is one; use PACK, or a cluster (SPECK_RAY_JOBS_URL)"
+            )
+
     def stop(self, submission_id: str) -> None:
         """Stop a job and wait until it has ended; one that ended already is left alone.
 
         Raises:
             CellFailed: it still lives after STOP_PATIENCE_S.
+            JobLost: the cluster does not answer.
         """
         deadline = time.monotonic() + STOP_PATIENCE_S
-        self._client.stop_job(submission_id)
-        while str(self._client.get_job_status(submission_id).value) not in FINAL:
-            if time.monotonic() > deadline:
-                raise CellFailed(
-                    f"Ray job {submission_id} did not stop within {STOP_PATIENCE_S:.0f} s; look at it there"
-                )
-            time.sleep(POLL_S)
+        with self._contact():
+            self._client.stop_job(submission_id)
+            while str(self._client.get_job_status(submission_id).value) not in FINAL:
+                if time.monotonic() > deadline:
+                    raise CellFailed(
+                        f"Ray job {submission_id} did not stop within {STOP_PATIENCE_S:.0f} s; look at it there"
+                    )
+                time.sleep(POLL_S)
 
     def room(self, own: Collection[str]) -> dict[str, float]:
-        """CPUs and GPUs of the cluster's living nodes that no other run's job asked for; jobs of `own` run keys
-        do not count."""
+        """CPUs and GPUs that no other run's job asked for, of the cluster's living nodes, or of as many as it may grow
+        to; jobs of `own` run keys do not count. Raises JobLost.
+        """
         from ray.util.state import list_nodes
+        from ray.util.state.exception import RayStateApiException
 
         room = {"CPU": 0.0, "GPU": 0.0}
-        # Not by a filter of Ray's: it takes the dead nodes that it leaves out for an answer cut short, and raises.
-        for node in list_nodes(address=self._jobs_url, limit=10_000):
+        try:
+            with self._contact():
+                # Not by a filter of Ray's: it takes the dead nodes that it leaves out for an answer cut short.
+                nodes, jobs = list_nodes(address=self._jobs_url, limit=10_000), self._client.list_jobs()
+        except RayStateApiException as error:
+            raise JobLost(f"Ray at {self._jobs_url} does not tell of its nodes: {error}") from error
+        for node in nodes:
             for kind in room if node.state == "ALIVE" else ():
                 room[kind] += (node.resources_total or {}).get(kind, 0.0)
-        for job in self._client.list_jobs():
+        # An autoscaler adds nodes only for what waits on the cluster.
+        room = {kind: max(there, self._may_grow_to.get(kind, 0.0)) for kind, there in room.items()}
+        for job in jobs:
             told = job.metadata or {}
             if str(job.status.value) not in FINAL and told.get("run_key") not in own:
                 for kind in room:
@@ -270,8 +211,9 @@ class Jobs:
         When the connection breaks, it is made again and goes on where it was.
 
         Raises:
-            CellFailed: it did not succeed; the message begins with what the workers named as the cause. Or the cluster
-                could not be reached for CONTACT_PATIENCE_S.
+            CellFailed: it did not succeed; the message begins with what the workers named as the cause.
+            JobLost: nobody named one because its driver was killed, or the cluster could not be reached for
+                CONTACT_PATIENCE_S.
         """
         from aiohttp import ClientError
 
@@ -287,12 +229,25 @@ class Jobs:
                 if log.num_lines > before or lost_contact is None:
                     lost_contact = time.monotonic()
                 if time.monotonic() - lost_contact > CONTACT_PATIENCE_S:
-                    raise CellFailed(f"lost contact with Ray job {submission_id}: {error}") from error
+                    raise JobLost(f"lost contact with Ray job {submission_id}: {error}") from error
                 time.sleep(POLL_S)
         if finished() or status == "SUCCEEDED":
             return
-        cause = "; ".join(log.causes) or (log.tail or ["it said nothing"])[-1]
-        raise CellFailed(f"Ray job {submission_id} ended {status}: {cause}\n" + "\n".join(log.tail))
+        killed = None if log.causes or status != "FAILED" else self._killed(submission_id)
+        cause = "; ".join(log.causes) or killed or (log.tail or ["it said nothing"])[-1]
+        kind = CellFailed if killed is None else JobLost
+        raise kind(f"Ray job {submission_id} ended {status}: {cause}\n" + "\n".join(log.tail))
+
+    def _killed(self, submission_id: str) -> str | None:
+        """How a job came to its end from outside, None where its driver ended by itself."""
+        told = self._client.get_job_info(submission_id)
+        if told.error_type == SUPERVISOR_DIED:
+            return "the node of its driver died"
+        # A shell in between tells the signal by an exit code above 128.
+        code = told.driver_exit_code or 0
+        return (
+            f"its driver was killed by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else None
+        )
 
 
 def _start_patience_s(compute: ComputeSpec) -> int:
@@ -323,10 +278,3 @@ def code_snapshot(repo: Path) -> Iterator[Path]:
                 ),
             )
         yield Path(folder)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

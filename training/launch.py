@@ -1,4 +1,8 @@
-"""The Ray Train job around the loop: placement, and what is watched while the workers are at it."""
+"""The Ray Train job around the loop: placement, and what is watched while the workers are at it.
+
+Neither the driver of a run nor Ray's controller of its workers, which both import this, need torch: its import is most
+of a process's start.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,21 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import BackendConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback, WorkerGroupCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from training.meter import ERROR_MARK, PROGRESS_MARK
 from training.records import Attempt
+from training.requests import leave_on_sigterm
 from training.retry import classify, is_node_lost, is_peer_lost, unwrapped
-from training.run import leave_on_sigterm
+from training.say import ERROR_MARK, say_line
 from training.spec import ComputeSpec
 from training.system import num_killed_for_memory
-from training.worker import train_worker
 
 # Workers notice at once that another one is gone; that its node is, the cluster says after missed health checks.
 PEER_PATIENCE_S = 30.0
@@ -33,10 +40,10 @@ LEAVE_PATIENCE_S = 120.0
 PROBE_S = 30.0
 
 
-def build_trainer(attempt: Attempt, run_url: str, ray_folder: Path, *, accumulation: int) -> TorchTrainer:
+def build_trainer(attempt: Attempt, run_url: str, ray_folder: Path, *, accumulation: int) -> Trainer:
     """A trainer of one attempt, which goes on from the newest checkpoint in the run's records."""
     return on_workers(
-        train_worker,
+        _train,
         {"attempt": attempt.model_dump(mode="json"), "run_url": run_url, "accumulation": accumulation},
         attempt.spec.compute,
         ray_folder / attempt.run_key,
@@ -50,17 +57,17 @@ def on_workers(
     compute: ComputeSpec,
     folder: Path,
     callbacks: Sequence[Any] = (),
-) -> TorchTrainer:
+) -> Trainer:
     """A Ray Train run of `worker(config)` on every worker; Ray keeps what it wants to remember in `folder`, here.
 
     Whatever ends the workers is raised by its `fit`: see `training.retry`.
     """
     on_gpu = compute.gpus_per_worker > 0
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
-    return TorchTrainer(
+    return Trainer(
         worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        backend_config=ProcessGroup(),
         scaling_config=ScalingConfig(
             num_workers=compute.workers,
             elastic_resize_monitor_interval_s=compute.resize_every_s,
@@ -77,6 +84,54 @@ def on_workers(
             callbacks=[AtNodeAddress(), *callbacks],
         ),
     )
+
+
+def _train(config: dict[str, Any]) -> None:
+    from training.worker import train_worker
+
+    train_worker(config)
+
+
+class Trainer(DataParallelTrainer):
+    """Ray's `TorchTrainer` without what a run does without, each a process of its own that imports for seconds."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # There are no Ray datasets to share out, and with the driver the cluster frees the place of its workers.
+        without = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, without)]
+
+
+class ProcessGroup(BackendConfig):
+    """Of workers that join it by `Workers.join`, as those of torchrun do."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """What prepares them for it."""
+        return _Environment
+
+
+class _Environment(Backend):
+    """Sets the variables in which torchrun tells its workers where they are, and where the first of them listens."""
+
+    # As Ray has it for torch: NCCL connects the GPUs of a node directly where each worker sees all of them.
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        del backend_config
+        worker_group.execute(_set_variables, *worker_group.execute_single(0, get_address_and_port))
+
+
+def _set_variables(address: str, port: int) -> None:
+    here = ray.train.get_context()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(here.get_world_rank()),
+        "WORLD_SIZE": str(here.get_world_size()),
+        "GROUP_RANK": str(here.get_node_rank()),
+        "LOCAL_RANK": str(here.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(here.get_local_world_size()),
+    }
 
 
 def see_nodes_anew() -> None:
@@ -119,13 +174,19 @@ class Overseer(WorkerGroupCallback, ControllerCallback):
         self._killed_for_memory: list[int] = []
         self._peer_lost_since: float | None = None
 
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Say what is waited for: a cluster may be full, or have to grow."""
+        num_workers, resources = worker_group_context.num_workers, worker_group_context.resources_per_worker
+        wanted = ", ".join(f"{number:g} {kind}" for kind, number in resources.items())
+        say_line(f"asking for room for {num_workers} x ({wanted}), {worker_group_context.placement_strategy}")
+
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Say where they are."""
         self._group, self._peer_lost_since = worker_group, None
         self._killed_for_memory = worker_group.execute(num_killed_for_memory)
         ips = [worker.metadata.node_ip for worker in worker_group.get_workers()]
         where = ", ".join(f"{ips.count(ip)} on {ip}" for ip in dict.fromkeys(ips))
-        print(f"{PROGRESS_MARK} workers: {where}", flush=True)
+        say_line(f"workers: {where}")
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         """There are none now."""
@@ -157,7 +218,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):
         """Have the workers keep a checkpoint and end before they become more or fewer."""
         if self._group is None:
             return
-        print(f"{PROGRESS_MARK} going on with {resize_decision.num_workers} workers", flush=True)
+        say_line(f"going on with {resize_decision.num_workers} workers")
         deadline = time.monotonic() + LEAVE_PATIENCE_S
         # Without all of them alive there is nothing to wait for.
         with suppress(RayError):
@@ -185,5 +246,5 @@ def causes_told() -> Iterator[None]:
         is_training = isinstance(error, TrainingFailedError)
         cause = classify(error).cause if is_training else f"{type(error).__name__}: {lines[-1]}"
         notes = getattr(error, "__notes__", ())
-        print(f"{PROGRESS_MARK} {ERROR_MARK} {'; '.join([cause, *notes])}", flush=True)
+        say_line(f"{ERROR_MARK} {'; '.join([cause, *notes])}")
         raise

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from training.checkpoint import json_bytes
+from training.machines import Node
 from training.records import RESULT, Attempt, JournalEntry, RunResult, read_journal
 from training.store import FolderStore, RunStore, StorageUnavailable
 
@@ -27,7 +28,8 @@ class Usage(BaseModel):
     """One start of a worker group, which rank 0 knows to have lived from `started_ms` to `last_ms`.
 
     `resumed_step`: where in training it began, None until that is known; `resumed_s`: how long the epoch under way had
-    taken there, 0 between epochs. `price_per_hour`: of a worker's GPU, or of its CPU where it has no GPU.
+    taken there, 0 between epochs. `price_per_hour`: of a worker's GPU, or of its CPU where it has no GPU. `nodes`: the
+    machines, once the workers have told them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +44,7 @@ class Usage(BaseModel):
     price_per_hour: float | None = None
     resumed_step: int | None = None
     resumed_s: float = 0.0
+    nodes: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The accounts of a run: in all, and of each attempt by its number.
+    """The accounts of a run: in all, of each attempt by its number, and of each start by time.
 
     Seconds are GPU-seconds if any start had GPUs, those without then count none, else CPU-seconds.
     """
@@ -74,6 +77,7 @@ class Ledger:
     accelerator: Literal["CPU", "GPU"]
     total: Account
     attempts: Mapping[int, Account]
+    starts: Sequence[Account]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, also of what follows from them."""
@@ -109,11 +113,14 @@ def ledger_of(usages: Iterable[Usage], journal: Sequence[JournalEntry], scoring_
         epoch_began = entry.step
     useful_s[-1] += scoring_s
     on_gpu = any(usage.gpus_per_worker for usage in starts)
+    accounts = [
+        _account(usage, end, useful, on_gpu) for usage, end, useful in zip(starts, end_ms, useful_s, strict=True)
+    ]
     by_attempt: dict[int, list[Account]] = {}
-    for usage, end, useful in zip(starts, end_ms, useful_s, strict=True):
-        by_attempt.setdefault(usage.attempt, []).append(_account(usage, end, useful, on_gpu))
-    attempts = {attempt: _sum(accounts) for attempt, accounts in sorted(by_attempt.items())}
-    return Ledger("GPU" if on_gpu else "CPU", _sum(list(attempts.values())), attempts)
+    for usage, account in zip(starts, accounts, strict=True):
+        by_attempt.setdefault(usage.attempt, []).append(account)
+    attempts = {attempt: _sum(of_attempt) for attempt, of_attempt in sorted(by_attempt.items())}
+    return Ledger("GPU" if on_gpu else "CPU", _sum(accounts), attempts, accounts)
 
 
 def _by_start(entry: JournalEntry, epoch_began: int, starts: Sequence[Usage]) -> Iterator[tuple[int, float]]:
@@ -159,8 +166,8 @@ def _sum(accounts: Sequence[Account]) -> Account:
     )
 
 
-def read_ledger(records: RunStore | Path) -> Ledger | None:
-    """The accounts of a run from its records, None if they tell of no start. Raises StorageUnavailable."""
+def read_usages(records: RunStore | Path) -> list[Usage]:
+    """The records of all starts, by attempt and time. Raises StorageUnavailable."""
     store = FolderStore(records) if isinstance(records, Path) else records
     usages = []
     for name in store.names(LEDGER):
@@ -168,6 +175,13 @@ def read_ledger(records: RunStore | Path) -> Ledger | None:
             usages.append(Usage.model_validate_json(store.read(name)))
         except ValueError as error:
             warnings.warn(f"{name} is unreadable and left out: {error}", stacklevel=2)
+    return usages
+
+
+def read_ledger(records: RunStore | Path) -> Ledger | None:
+    """The accounts of a run from its records, None if they tell of no start. Raises StorageUnavailable."""
+    store = FolderStore(records) if isinstance(records, Path) else records
+    usages = read_usages(store)
     try:
         scoring_s = RunResult.model_validate_json(store.read(RESULT)).seconds.get("score_test", 0.0)
     except (FileNotFoundError, ValueError):
@@ -192,14 +206,19 @@ class UsageLog:
         )  # fmt: skip
         self._write()
 
+    def runs_on(self, nodes: Sequence[Node]) -> None:
+        """The workers are on these machines."""
+        self._usage = self._usage.model_copy(update={"nodes": tuple(nodes)})
+        self._write()
+
     def resumed(self, step: int, seconds: float) -> None:
         """Training begins at this step, in an epoch that has taken so long."""
         self._usage = self._usage.model_copy(update={"resumed_step": step, "resumed_s": seconds})
         self._write()
 
-    def refresh(self) -> None:
-        """Write it again if that was not done for REFRESH_S."""
-        if _now_ms() - self._usage.last_ms > REFRESH_S * 1000:
+    def refresh(self, *, at_once: bool = False) -> None:
+        """Write it again, unless `at_once` only if that was not done for REFRESH_S."""
+        if at_once or _now_ms() - self._usage.last_ms > REFRESH_S * 1000:
             self._write()
 
     def close(self) -> None:

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 
 from data.loader import DetectionDataset
 from data.sampler import GlobalBatchSampler
+from training.errors import Diverged, Preempted, Stopped
 from training.feeding import count_unreadable, to_device, training_data
 from training.meter import Meter, Progress
 from training.optimizer import learning_rate_at, set_learning_rate
-from training.requests import Asked, Preempted, Stopped
+from training.requests import Asked
 from training.scoring import Scored, score_split, validate
 from training.shares import StepClock
 from training.spec import RunSpec
@@ -44,22 +45,20 @@ from training.workers import Workers
 MAX_NON_FINITE_STEPS = 20
 
 
-class Diverged(RuntimeError):
-    """The loss was not finite for too many steps in a row, or weights are not."""
-
-
 @dataclass
 class Hooks:
     """What the surroundings do with news. All ranks call all but `progress`, which is for rank 0.
 
     `report(metrics, step, epoch, save)` at the end of an epoch, `checkpoint(step, epoch, save, is_ending)` within one,
-    where it was asked for: `save(folder, report)` writes a checkpoint there. `asked`: what this worker is asked at a
-    step. `skipped`: the training images that an epoch could not read. `alive`: called again and again as long as there
-    is progress. `stepped(left)`: after every step; how many the epoch has left.
+    where it was asked for: `save(folder, report)` writes a checkpoint there. `settle`: before all end, waits until what
+    was kept is in the storage. `asked`: what this worker is asked at a step. `skipped`: the training images that an
+    epoch could not read. `alive`: called again and again as long as there is progress. `stepped(left)`: after every
+    step; how many the epoch has left.
     """
 
     report: Callable[[dict[str, float], int, int, Callable[..., Any]], None]
     checkpoint: Callable[[int, int, Callable[..., Any], bool], None] = field(default=lambda *_: None)
+    settle: Callable[[], None] = field(default=lambda: None)
     asked: Callable[[], Asked] = field(default=Asked)
     alive: Callable[[], None] = field(default=lambda: None)
     stepped: Callable[[int], None] = field(default=lambda _: None)
@@ -113,9 +112,10 @@ def train(
         sampler.set_epoch(state.epoch, first_step=state.steps_in_epoch)
         metrics = train_one_epoch(spec, state, parallel, loader, workers, hooks, closing=closing, parts=parts)
         workers.share_buffers(state.model, state.average)
-        _require_finite(state)
-        if state.skipped_in_a_row >= sampler.steps_per_epoch:
-            raise _diverged("the loss of every step was", state)
+        broken = _not_finite(state)
+        if broken or state.skipped_in_a_row >= sampler.steps_per_epoch:
+            hooks.settle()
+            raise _diverged(broken or "the loss of every step was", state)
         metrics |= _left_out(dataset, sampler, workers, hooks)
         state.epoch, state.steps_in_epoch, state.so_far = state.epoch + 1, 0, {}
         is_last = state.epoch == spec.training.epochs
@@ -186,6 +186,7 @@ def train_one_epoch(
             recover_statistics(state)
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= MAX_NON_FINITE_STEPS:
+                hooks.settle()
                 raise Diverged(
                     f"the loss was not finite for {state.skipped_in_a_row} steps in a row, up to step {state.step} "
                     f"(learning rate {learning_rate:.3g}); lower training.learning_rate or set training.precision=fp32"
@@ -228,9 +229,13 @@ def _answer(spec: RunSpec, state: TrainingState, asked: Asked, meter: Meter, hoo
     """Keep what was reached, within an epoch, when any rank was asked to; end when one has to leave or to stop."""
     if not any(asked) or (asked == Asked(checkpoint=True) and state.steps_in_epoch == meter.steps_per_epoch):
         return
-    _require_finite(state)
+    if broken := _not_finite(state):
+        raise _diverged(broken, state)
     state.so_far = meter.so_far()
-    hooks.checkpoint(state.step, state.epoch, partial(save, spec, state), asked.leave or asked.stop)
+    is_ending = asked.leave or asked.stop
+    hooks.checkpoint(state.step, state.epoch, partial(save, spec, state), is_ending)
+    if is_ending:
+        hooks.settle()
     if asked.leave:
         raise Preempted(f"a worker has to leave at step {state.step}")
     if asked.stop:
@@ -260,11 +265,11 @@ def _remember_best(state: TrainingState, ap: float | None) -> None:
         state.best = {name: value.clone() for name, value in state.average.module.state_dict().items()}
 
 
-def _require_finite(state: TrainingState) -> None:
-    """Raise Diverged rather than keep, score and promote what a training has become."""
+def _not_finite(state: TrainingState) -> str:
+    """What must not be kept, scored and promoted; empty if all weights are finite."""
     weights = {**state.model.state_dict(), **state.average.module.state_dict(prefix="average.")}
-    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
-        raise _diverged(f"{len(broken)} weights, {broken[0]} first, were", state)
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    return f"{len(broken)} weights, {broken[0]} first, were" if broken else ""
 
 
 def _diverged(what: str, state: TrainingState) -> Diverged:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from training.spec import RunSpec
 from training.state import TrainingState
 
-# Starts every line of a worker's output that is meant for people.
-PROGRESS_MARK = "[speck]"
-ERROR_MARK = "error:"
 # Of an epoch, beside the sums of its metrics.
 SECONDS, NUM_STEPS, NUM_SKIPPED = "seconds", "num_steps", "num_skipped"
 

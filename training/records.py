@@ -19,6 +19,11 @@ from training.store import FolderStore, RunStore
 
 RESULT = "result.json"
 JOURNAL = "journal"
+# In an attempt's folder: what its code was beside the commit, its data, its packages, and how it ended.
+DIRTY_DIFF = "dirty.diff"
+DATA_LOCK = "dvc.lock"
+ENVIRONMENT = "environment.txt"
+ENDING = "ending.json"
 
 
 class JournalEntry(BaseModel):
@@ -70,7 +75,7 @@ def record_attempt(
     run_folder: Path, spec: RunSpec, *, data_source: str, code_hash: str, provenance: Mapping[str, str] | None = None
 ) -> Attempt:
     """Write the next attempt's record into the run folder and return it."""
-    number = max(_attempt_numbers(run_folder), default=0) + 1
+    number = max(_all_attempt_numbers(run_folder), default=0) + 1
     attempt = Attempt(
         run_key=spec.run_key,
         number=number,
@@ -84,23 +89,29 @@ def record_attempt(
     return attempt
 
 
-def _attempt_numbers(run_folder: Path) -> list[int]:
+def _all_attempt_numbers(run_folder: Path) -> list[int]:
     """Numbers of this training's attempts, and of those that were put aside before it."""
-    folders = [run_folder, *_superseded(run_folder).glob("*")]
-    return [int(path.stem) for folder in folders for path in (folder / "attempts").glob("*.json")]
+    return [number for folder in (run_folder, *_superseded(run_folder).glob("*")) for number in attempt_numbers(folder)]
+
+
+def attempt_numbers(run_folder: Path) -> list[int]:
+    """Numbers of the attempts at one training, in order."""
+    return sorted(int(path.stem) for path in (run_folder / "attempts").glob("*.json"))
 
 
 def training_id(run_folder: Path) -> str:
     """The run key, and from the second training on which attempt began it: `<run key>.<attempt>`."""
-    first = min((int(path.stem) for path in (run_folder / "attempts").glob("*.json")), default=1)
-    return run_folder.name if first == 1 else f"{run_folder.name}.{first}"
+    # A training that was put aside lies in a folder of that name.
+    run_key = run_folder.name.partition(".")[0]
+    first = min(attempt_numbers(run_folder), default=1)
+    return run_key if first == 1 else f"{run_key}.{first}"
 
 
 def latest_code_hash(run_folder: Path) -> str | None:
     """Hash of the code of the latest attempt, None before the first, or if its record is damaged."""
-    numbers = [int(path.stem) for path in (run_folder / "attempts").glob("*.json")]
+    numbers = attempt_numbers(run_folder)
     try:
-        return read_attempt(run_folder, max(numbers)).code_hash if numbers else None
+        return read_attempt(run_folder, numbers[-1]).code_hash if numbers else None
     except (OSError, ValueError):
         return None
 
@@ -119,6 +130,37 @@ def _superseded(run_folder: Path) -> Path:
 def attempt_name(number: int) -> str:
     """Where an attempt's record lies in a run."""
     return f"attempts/{number:03d}.json"
+
+
+def attempt_folder(number: int) -> str:
+    """Below what name an attempt's other records lie in a run."""
+    return f"attempts/{number:03d}"
+
+
+class Ending(BaseModel):
+    """How an attempt without a result ended, as the flow that followed it saw that."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    status: Literal["FAILED", "KILLED"]
+    cause: str
+    ended_ms: int
+
+
+def write_ending(records: RunStore | Path, number: int, ending: Ending) -> str:
+    """Put on record how an attempt ended, and return the object's name."""
+    name = f"{attempt_folder(number)}/{ENDING}"
+    _store(records).write(name, json_bytes(ending.model_dump(mode="json")))
+    return name
+
+
+def read_ending(records: RunStore | Path, number: int) -> Ending | None:
+    """How an attempt ended, None where nobody saw it end, or it has a result, or the record is damaged."""
+    try:
+        return Ending.model_validate_json(_store(records).read(f"{attempt_folder(number)}/{ENDING}"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def read_attempt(records: RunStore | Path, number: int) -> Attempt:
@@ -233,14 +275,19 @@ def read_result(run_folder: Path) -> RunResult | None:
         result = RunResult.model_validate_json(path.read_bytes())
     except ValueError as error:
         raise CorruptResult(f"{path} is unreadable; delete it to score the run again: {error}") from error
+    require_files(run_folder, result)
+    return result
+
+
+def require_files(run_folder: Path, result: RunResult) -> None:
+    """Raise CorruptResult unless every file that a result names is there, with the bytes that it had."""
     for name, expected in result.files.items():
         file = run_folder / name
         if not file.is_file() or file_sha256(file) != expected:
             raise CorruptResult(
                 f"{file} is missing or differs from its sha256 in {RESULT}; "
-                f"delete {path} to score the run again from its last checkpoint"
+                f"delete {run_folder / RESULT} to score the run again from its last checkpoint"
             )
-    return result
 
 
 def hash_files(run_folder: Path, folder: Path) -> dict[str, str]:

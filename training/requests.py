@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from typing import NamedTuple
+
+_leaving = threading.Event()
 
 
 class Asked(NamedTuple):
@@ -13,9 +17,19 @@ class Asked(NamedTuple):
     stop: bool = False
 
 
-class Preempted(RuntimeError):
-    """A worker has to leave its machine. What was reached is in a checkpoint; the others go on without it."""
+def leave_on_sigterm() -> None:
+    """From now on SIGTERM asks the training in this process to leave: it keeps a checkpoint first.
+
+    In the main thread.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: _leaving.set())
 
 
-class Stopped(RuntimeError):
-    """The run was asked to end early. What was reached is in a checkpoint, from which a later attempt goes on."""
+def is_leaving() -> bool:
+    """Whether SIGTERM came."""
+    return _leaving.is_set()
+
+
+def stop_name(number: int) -> str:
+    """The object in a run whose being there asks an attempt to stop."""
+    return f"stop/{number:03d}"

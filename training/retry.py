@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
-import torch
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
@@ -23,13 +22,10 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 from ray.train.v2.api.exceptions import PreemptionError
-from torch.distributed import DistError
 
-from data.loader import TooManyUnreadable
+from data.decode import TooManyUnreadable
 from data.objects import SourceUnavailable, StoreError
-from training.loop import Diverged
-from training.requests import Preempted
-from training.scoring import MiscountedImages
+from training.errors import Diverged, MiscountedImages, Preempted
 from training.spec import RunSpec
 from training.store import StorageFull
 
@@ -47,7 +43,7 @@ _DETERMINISTIC = (
     ValueError, TypeError, LookupError, AttributeError, NameError, ImportError, AssertionError, ArithmeticError,
     NotImplementedError, FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, OutOfMemoryError, MemoryError)
+_OUT_OF_MEMORY = (OutOfMemoryError, MemoryError)
 # Of a kernel's kill Ray only says that memory may have been the reason, so `OOM` is not looked for.
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|_ALLOC_FAILED|NODE_OUT_OF_MEMORY", re.I
@@ -143,7 +139,10 @@ def _again(kind: Kind, parts: int) -> str:
 
 def is_peer_lost(error: BaseException) -> bool:
     """True if all that a worker knows is that another one, or the way to it, is gone."""
-    if isinstance(error, ActorUnavailableError | DistError | ConnectionError):
+    if isinstance(error, ActorUnavailableError | ConnectionError):
+        return True
+    # Torch's own class, by its name: what judges a training does so without torch, which takes seconds to import.
+    if "DistError" in {one.__name__ for one in type(error).__mro__}:
         return True
     # Torch raises plain ones for Gloo.
     return type(error) is RuntimeError and _PEER_LOST.search(str(error)) is not None and not _is_memory(error)

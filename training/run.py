@@ -6,13 +6,12 @@ Ray's workers and torchrun's share it.
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.image_cache import picture_folder
 from data.store import default_root, on_this_node
@@ -22,10 +21,13 @@ from training.checkpoint import CHECKPOINTS, Manifest, newest_valid
 from training.keeper import Keeper
 from training.ledger import UsageLog
 from training.loop import Hooks, train
-from training.meter import PROGRESS_MARK, SECONDS, Progress
+from training.machines import environment_lock, is_first_on_node, is_only_node, node_number, this_node
+from training.meter import SECONDS, Progress
 from training.records import (
+    ENVIRONMENT,
     Attempt,
     RunResult,
+    attempt_folder,
     complete_journal,
     hash_files,
     journal_entry,
@@ -33,13 +35,14 @@ from training.records import (
     split_finite,
     write_result,
 )
-from training.requests import Asked
+from training.requests import Asked, is_leaving, stop_name
+from training.say import say_line
 from training.scoring import Scored, Split, score_split
 from training.scratch import scratch_folder
 from training.spec import RunSpec
 from training.state import WarmStart, warm_start_path
 from training.store import FolderStore, RunStore, StorageUnavailable
-from training.system import SystemMeter
+from training.system import SystemMeter, by_node
 from training.trace import TRACE, StepTrace
 from training.watchdog import Watchdog
 from training.workers import Workers
@@ -48,20 +51,6 @@ from training.workers import Workers
 STOP_POLL_S = 1.0
 # In a run's records, where storage is no folder: the weights it starts from, in a file named by their sha256.
 WARM_START = "warm_start"
-_leaving = threading.Event()
-
-
-def leave_on_sigterm() -> None:
-    """From now on SIGTERM asks the training in this process to leave: it keeps a checkpoint first.
-
-    In the main thread.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: _leaving.set())
-
-
-def stop_name(number: int) -> str:
-    """The object in a run whose being there asks an attempt to stop."""
-    return f"stop/{number:03d}"
 
 
 def run_attempt(
@@ -71,19 +60,17 @@ def run_attempt(
     *,
     accumulation: int,
     preempting: Callable[[], bool] = lambda: False,
-    reported: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> None:
     """Train from the newest whole checkpoint, score val and test, and leave `result.json` in the store, last.
 
     `accumulation`: at least the spec's. `preempting`: whether a machine of the group is about to be taken away.
-    `reported` is told of every epoch's metrics, on all ranks.
 
     Raises:
         Stopped, Preempted and what else `train` raises; the checkpoint that they speak of is in the store by then.
         StorageUnavailable: the store does not take, or give, what it has to.
     """
     spec, started = attempt.spec, time.monotonic()
-    say = _say if workers.rank == 0 else _nothing
+    say = say_line if workers.rank == 0 else _nothing
     with ExitStack() as stack:
         usage = UsageLog(store, attempt, workers.world_size, say) if workers.rank == 0 else None
         if usage is not None:
@@ -91,6 +78,7 @@ def run_attempt(
         here = stack.enter_context(scratch_folder())
         # Nobody watches this yet: a large dataset takes its time, and each of its requests has a limit of its own.
         dataset_folder = on_this_node(spec.dataset.name, spec.dataset.version, attempt.data_source)
+        _describe(store, attempt, workers, usage, say)
         checkpoint = _newest_checkpoint(store, workers, here / CHECKPOINTS)
         watchdog = stack.enter_context(Watchdog(spec.compute.hang_timeout_s, f"worker {workers.rank}"))
         keeper = None if usage is None else _keeper(store, attempt, usage, checkpoint, here, say)
@@ -105,10 +93,11 @@ def run_attempt(
         if usage is not None and spec.compute.profile:
             trace = StepTrace(artifacts / TRACE, on_gpu=workers.device.type == "cuda", say=say)
             stack.callback(trace.close)
-        hooks = _hooks(attempt, keeper, requests, watchdog, trace, reported, say)
+        report = _reporter(attempt, workers, keeper, requests, _system_meter(stack))
+        hooks = _hooks(report, workers, keeper, requests, watchdog, trace, say)
         initial = None if checkpoint else _initial_weights(spec, store, here)
-        cache_folder = picture_folder(default_root(), spec.dataset.version)
-        state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial, cache_folder, accumulation)
+        pictures = picture_folder(default_root(), spec.dataset.version)
+        state, validation = train(spec, dataset_folder, workers, hooks, checkpoint, initial, pictures, accumulation)
         if trace is not None:
             trace.close()
         trained = time.monotonic()
@@ -117,6 +106,8 @@ def run_attempt(
         # Val chooses the thresholds by which test is judged.
         chosen = None if validation is None else validation.analysis.operating_point
         test = score_split(spec, average, dataset_folder, "test", workers, operating_point=chosen, alive=watchdog.alive)
+        # Storage has its own patience.
+        watchdog.close()
         if keeper and usage and validation is not None and test is not None:
             keeper.wait()
             seconds = {"train": trained - started, "score_test": time.monotonic() - trained}
@@ -147,18 +138,33 @@ def _keeper(
     return Keeper(store, num_kept=attempt.spec.compute.keep_checkpoints, say=say, resumed=resumed, here=here)
 
 
+def _describe(
+    store: RunStore, attempt: Attempt, workers: Workers, usage: UsageLog | None, say: Callable[[str], None]
+) -> None:
+    """Put on record which machines these workers are on, and the packages that rank 0 runs on."""
+    told = workers.gather(this_node() if is_first_on_node() else None)
+    if usage is None or told is None:
+        return
+    usage.runs_on([node for node in told if node is not None])
+    try:
+        store.write(f"{attempt_folder(attempt.number)}/{ENVIRONMENT}", environment_lock().encode())
+    except StorageUnavailable as error:
+        say(f"the list of packages is left out: {error}")
+
+
 def _hooks(
-    attempt: Attempt,
+    report: Callable[[dict[str, float], int, int, Callable[..., Manifest]], None],
+    workers: Workers,
     keeper: Keeper | None,
     requests: _Requests,
     watchdog: Watchdog,
     trace: StepTrace | None,
-    reported: Callable[[dict[str, Any]], object],
     say: Callable[[str], None],
 ) -> Hooks:
     return Hooks(
-        report=_reporter(attempt, keeper, requests, reported),
+        report=report,
         checkpoint=_checkpointer(keeper, requests, say),
+        settle=partial(_settle, keeper, workers),
         asked=requests.asked,
         alive=watchdog.alive,
         stepped=trace.stepped if trace else lambda _: None,
@@ -186,7 +192,7 @@ def _result(
 
 def _newest_checkpoint(store: RunStore, workers: Workers, here: Path) -> Path | None:
     """This node's copy of the checkpoint to go on from; rank 0 chooses it."""
-    chosen = newest_valid(store, here, _say) if workers.rank == 0 else None
+    chosen = newest_valid(store, here, say_line) if workers.rank == 0 else None
     name: str | None = workers.broadcast(None if chosen is None else chosen.name)
     if name is None or chosen is not None:
         return chosen
@@ -222,7 +228,7 @@ class _Requests:
     ) -> None:
         self._interval_s = attempt.spec.compute.checkpoint_every_minutes * 60
         self._keeps, self._preempting = usage is not None, preempting
-        self._kept = time.monotonic()
+        self._kept, self._is_news = time.monotonic(), False
         self._was_preempting = False
         self._stop, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -236,11 +242,11 @@ class _Requests:
         is_due = self._keeps and time.monotonic() - self._kept > self._interval_s
         preempting = not self._was_preempting and self._preempting()
         self._was_preempting |= preempting
-        return Asked(checkpoint=is_due or preempting, leave=_leaving.is_set(), stop=self._stop.is_set())
+        return Asked(checkpoint=is_due or preempting, leave=is_leaving(), stop=self._stop.is_set())
 
     def kept(self) -> None:
         """A checkpoint was made: the next is due an interval later."""
-        self._kept = time.monotonic()
+        self._kept, self._is_news = time.monotonic(), True
 
     def close(self) -> None:
         """Look no more."""
@@ -250,24 +256,36 @@ class _Requests:
 
     def _watch(self, store: RunStore, name: str, usage: UsageLog) -> None:
         while not self._closed.wait(STOP_POLL_S):
-            usage.refresh()
+            # Of a start that is killed, what it kept must not have been paid for by nobody.
+            at_once, self._is_news = self._is_news, False
+            usage.refresh(at_once=at_once)
             with suppress(StorageUnavailable):
                 if not self._stop.is_set() and store.exists(name):
                     self._stop.set()
 
 
-def _reporter(
-    attempt: Attempt, keeper: Keeper | None, requests: _Requests, reported: Callable[[dict[str, Any]], object]
-) -> Callable[[dict[str, float], int, int, Callable[..., Manifest]], None]:
-    system = SystemMeter()
+def _system_meter(stack: ExitStack) -> SystemMeter | None:
+    """One for each node, until the stack is unwound."""
+    if not is_first_on_node():
+        return None
+    meter = SystemMeter()
+    stack.callback(meter.close)
+    return meter
 
+
+def _reporter(
+    attempt: Attempt, workers: Workers, keeper: Keeper | None, requests: _Requests, meter: SystemMeter | None
+) -> Callable[[dict[str, float], int, int, Callable[..., Manifest]], None]:
     def report(metrics: dict[str, float], step: int, epoch: int, save: Callable[..., Manifest]) -> None:
-        stamped = metrics | system.read() | {"step": step, "epoch": epoch, "timestamp_ms": time.time_ns() // 1_000_000}
+        load = None if meter is None else (node_number(), meter.read())
+        # On one node nobody has to wait for the others.
+        told = [load] if is_only_node() else workers.gather(load) or []
+        system = by_node(reading for reading in told if reading is not None)
+        stamped = metrics | system | {"step": step, "epoch": epoch, "timestamp_ms": time.time_ns() // 1_000_000}
         if keeper is not None:
             finite = split_finite(stamped)[0]
             keeper.keep(lambda folder: save(folder, finite), journal_entry(attempt, stamped), can_wait=False)
         requests.kept()
-        reported(stamped)
 
     return report
 
@@ -281,10 +299,15 @@ def _checkpointer(
             return
         if keeper.keep(save, can_wait=not is_ending):
             say(f"checkpoint at step {step}, in epoch {epoch + 1}")
-        if is_ending:
-            keeper.wait()
 
     return checkpoint
+
+
+def _settle(keeper: Keeper | None, workers: Workers) -> None:
+    """Wait on every rank for rank 0: whoever goes first ends the group, also whom a checkpoint still keeps busy."""
+    if keeper is not None:
+        keeper.wait()
+    workers.broadcast(None)
 
 
 def _line(news: Progress) -> str:
@@ -302,10 +325,6 @@ def _warm_start_line(taken: WarmStart) -> str:
 
 def _skipped_line(paths: list[Path]) -> str:
     return f"skipped {len(paths)} training images that cannot be read: {', '.join(str(path) for path in paths)}"
-
-
-def _say(message: str) -> None:
-    print(f"{PROGRESS_MARK} {message}", flush=True)
 
 
 def _nothing(message: str) -> None:

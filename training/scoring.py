@@ -30,6 +30,7 @@ from evaluation.score import joined, with_counts_named
 from evaluation.tables import tabulate
 from evaluation.tiles import merge_tiles
 from models.interface import Detector, PostprocessConfig
+from training.errors import MiscountedImages
 from training.spec import RunSpec
 from training.state import UnfitWeights, build_model
 from training.workers import Workers
@@ -40,10 +41,6 @@ SCORING_BATCH = 8
 # Of a scoring job: what its folder holds, and what starts a worker's word of how many inputs it has done.
 ORDER, DETECTED = "order.json", "detected.json"
 SHARE_MARK = "done by worker"
-
-
-class MiscountedImages(RuntimeError):
-    """Of a split, images or tiles were detected on twice or not at all."""
 
 
 class Scored(NamedTuple):

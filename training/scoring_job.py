@@ -17,7 +17,7 @@ import ray.train
 from data.store import on_this_node
 from data.whole_file import write_whole
 from training.launch import causes_told, on_workers
-from training.meter import PROGRESS_MARK
+from training.say import say_line
 from training.scoring import DETECTED, SHARE_MARK, detect_split, load_model, read_ground_truth, read_order, split_inputs
 from training.worker import join_workers
 
@@ -46,7 +46,7 @@ def score_worker(config: dict[str, Any]) -> None:
         nonlocal told
         if time.monotonic() - told >= NEWS_EVERY_S:
             told = time.monotonic()
-            print(f"{PROGRESS_MARK} {SHARE_MARK} {workers.rank} {num_done}", flush=True)
+            say_line(f"{SHARE_MARK} {workers.rank} {num_done}")
 
     tell(0)
     inputs, ground_truth = (
@@ -56,8 +56,7 @@ def score_worker(config: dict[str, Any]) -> None:
     detected = detect_split(spec, model, inputs, workers, tell, ground_truth=ground_truth)
     if detected is not None:
         write_whole(folder / DETECTED, json.dumps(detected._asdict(), allow_nan=False))
-    # A barrier: no worker may leave while rank 0 still writes.
-    ray.train.report({})
+    workers.leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.sync_batch_norm import taken_exchange_s
+
 PARTS = ("data_wait", "transfer", "forward", "assignment", "backward", "all_reduce", "optimizer", "report")
 # Marks on a GPU are read when this many wait: reading waits for the last of them.
 _MARKS_PER_READING = 512
@@ -29,6 +31,7 @@ class StepClock:
         self._on_gpu = device.type == "cuda"
         self._last: float | torch.cuda.Event = 0.0
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        taken_exchange_s()
         self.start()
 
     def start(self) -> None:
@@ -59,12 +62,18 @@ class StepClock:
             yield batch
 
     def shares(self, parallel: nn.Module, num_steps: int, total_s: float) -> dict[str, float]:
-        """Shares of `total_s` as metrics `share/...`; of backward, what waits for other workers is all_reduce."""
+        """Shares of `total_s` as metrics `share/...`.
+
+        What forward and backward spend on other workers is all_reduce; on a GPU that of batch normalisation stays where
+        it is, for nobody times it there.
+        """
         self._read()
         seconds = dict(self.seconds)
-        waiting_s = min(_waiting_s_per_step(parallel) * num_steps, seconds["backward"])
-        seconds["backward"] -= waiting_s
-        seconds["all_reduce"] += waiting_s
+        for part, exchange_s in taken_exchange_s().items():
+            gradients_s = _waiting_s_per_step(parallel) * num_steps if part == "backward" else 0.0
+            waiting_s = min(exchange_s + gradients_s, seconds[part])
+            seconds[part] -= waiting_s
+            seconds["all_reduce"] += waiting_s
         return {f"share/{part}": value / max(total_s, 1e-9) for part, value in seconds.items()}
 
     def _now(self) -> float | torch.cuda.Event:

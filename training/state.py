@@ -63,11 +63,17 @@ def build_model(spec: RunSpec) -> nn.Module:
     return cast(nn.Module, detector).to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
 
 
-def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
-    """Freshly initialised model, average and optimiser on `device`. Raises BadFreeze."""
+def build_trainable(spec: RunSpec, device: torch.device) -> nn.Module:
+    """The same on `device`, with what the spec freezes frozen. Raises BadFreeze."""
     model = build_model(spec).to(device)
     for part in parts(model, spec.training.freeze):
         part.requires_grad_(False)
+    return model
+
+
+def build_state(spec: RunSpec, device: torch.device) -> TrainingState:
+    """Freshly initialised model, average and optimiser on `device`. Raises BadFreeze."""
+    model = build_trainable(spec, device)
     return TrainingState(model, weight_average(model, spec.training), build_optimizer(model, spec.training))
 
 

@@ -5,13 +5,16 @@ Shapes: B images of this rank, C channels, H x W feature map, R ranks.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import time
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+_exchange_s = {"forward": 0.0, "backward": 0.0}
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -63,10 +66,19 @@ def convert(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def _from_all_ranks(row: Tensor) -> Tensor:
+def taken_exchange_s() -> dict[str, float]:
+    """Seconds that normalising on this worker's CPU spent on the others, in `forward` and `backward`, since asked."""
+    taken = dict(_exchange_s)
+    _exchange_s.update(dict.fromkeys(_exchange_s, 0.0))
+    return taken
+
+
+def _from_all_ranks(row: Tensor, part: Literal["forward", "backward"]) -> Tensor:
     """The rows (N,) of all ranks, (R, N), on every rank: half the rounds of an all-reduce, and sums in one order."""
+    started = time.perf_counter()
     rows = row.new_empty(dist.get_world_size() * len(row))
     dist.all_gather_single(rows, row)
+    _exchange_s[part] += time.perf_counter() - started
     return rows.view(-1, len(row))
 
 
@@ -81,7 +93,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     unused = torch.zeros(num_channels, dtype=torch.promote_types(x.dtype, torch.float32))
     mean, var = torch.batch_norm_update_stats(x, unused, unused, 0.0)
     row = torch.cat((mean, var, mean.new_full((1,), x.numel() // num_channels)))
-    means, variances, counts = _from_all_ranks(row).split((num_channels, num_channels, 1), dim=1)
+    means, variances, counts = _from_all_ranks(row, "forward").split((num_channels, num_channels, 1), dim=1)
     count = float(counts.sum())
     share = counts / count
     mean = (means * share).sum(0)
@@ -116,7 +128,7 @@ class _Normalise(Function):
             # dx = scale * (dy - mean(dy) - normal * mean(dy * normal)) with normal = (x - mean) * inverse: a
             # normalisation of x by the same statistics, and dy in scale.
             scale = weight * inverse
-            sums = _from_all_ranks(torch.cat((dweight, dbias))).sum(0).view(2, -1)
+            sums = _from_all_ranks(torch.cat((dweight, dbias)), "backward").sum(0).view(2, -1)
             by, to = sums.mul_(scale / -ctx.count).unbind()
             dx = torch.batch_norm(x, by, to, mean, var, False, 0.0, ctx.eps, False)
             if x.dtype == scale.dtype:

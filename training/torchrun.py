@@ -11,15 +11,13 @@ import os
 import signal
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 import models
 from training.code import training_code_hash
-from training.meter import PROGRESS_MARK
+from training.errors import Preempted, Stopped
 from training.records import RESULT, Attempt, record_attempt
-from training.requests import Preempted, Stopped
-from training.run import leave_on_sigterm, run_attempt
+from training.requests import leave_on_sigterm
+from training.run import run_attempt
+from training.say import say_line
 from training.spec import RunSpec
 from training.store import open_store
 from training.workers import Workers
@@ -29,13 +27,7 @@ def main() -> None:
     """Train, score and record one attempt; exit code 0 as well where it was asked to stop early."""
     arguments = _arguments()
     spec = RunSpec.model_validate_json(arguments.spec.read_bytes())
-    on_gpu = spec.compute.gpus_per_worker > 0
-    torch.set_num_threads(max(1, int(spec.compute.cpus_per_worker)))
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-    workers = Workers.current(on_gpu=on_gpu)
+    workers = Workers.join(spec.compute, int(os.environ.get("LOCAL_RANK", "0")))
     run_folder: Path = arguments.runs / spec.run_key
     try:
         if workers.broadcast((run_folder / RESULT).is_file()):
@@ -50,8 +42,7 @@ def main() -> None:
     except (Preempted, Stopped) as told:
         _say(workers, f"{told}; run the same again to go on from there")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        workers.leave()
 
 
 def _record(run_folder: Path, spec: RunSpec, data_source: str) -> Attempt:
@@ -75,4 +66,4 @@ def _arguments() -> argparse.Namespace:
 
 def _say(workers: Workers, message: str) -> None:
     if workers.rank == 0:
-        print(f"{PROGRESS_MARK} {message}", flush=True)
+        say_line(message)

@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from training.meter import ERROR_MARK, PROGRESS_MARK
+from training.say import ERROR_MARK, say_line
 
 # Neither a signal's nor Python's own.
 HUNG_EXIT_CODE = 75
@@ -38,16 +38,19 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Watch no more: what follows may take as long as it likes."""
         self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(min(self._patience_s / 4, 5.0)):
             if time.monotonic() - self._last > self._patience_s:
-                print(
-                    f"{PROGRESS_MARK} {ERROR_MARK} {self._who} made no progress for {self._patience_s:.0f} s "
-                    "(compute.hang_timeout_s) and is ended; where it hangs stands in its log",
-                    flush=True,
+                say_line(
+                    f"{ERROR_MARK} {self._who} made no progress for {self._patience_s:.0f} s "
+                    "(compute.hang_timeout_s) and is ended; where it hangs stands in the job's output"
                 )
                 faulthandler.dump_traceback(file=2, all_threads=True)
                 os._exit(HUNG_EXIT_CODE)

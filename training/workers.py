@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from training.spec import ComputeSpec
+
+# Longer than any rank keeps the others waiting: rank 0 may fetch a dataset that they have.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -20,12 +27,29 @@ class Workers:
     device: torch.device
 
     @classmethod
+    def join(cls, compute: ComputeSpec, gpu: int) -> Workers:
+        """Join the group that the environment describes, as torchrun sets it, with the node's GPU `gpu` if any."""
+        # One compute thread per CPU asked for: more only fight each other on a shared node.
+        torch.set_num_threads(max(1, int(compute.cpus_per_worker)))
+        on_gpu = compute.gpus_per_worker > 0
+        if on_gpu:
+            torch.cuda.set_device(gpu)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        return cls.current(on_gpu=on_gpu)
+
+    @classmethod
     def current(cls, *, on_gpu: bool = False) -> Workers:
         """The group that torch.distributed was initialised with, or this process alone; on its GPU if asked for."""
         joined = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return cls(rank, world_size, device)
+
+    def leave(self) -> None:
+        """The others are done, too."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, on every rank."""

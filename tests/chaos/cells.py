@@ -31,11 +31,11 @@ def train_worker(config):
 """
 # Whoever trains waits after `steps` steps as long as the file `hold` is there, or until it is asked to leave.
 HELD = """
-import time, training.loop, training.run
+import time, training.loop, training.requests
 hold, real, count = Path({hold!r}), training.loop.to_device, [0]
 def held(*arguments):
     count[0] += 1
-    while count[0] > {steps} and hold.exists() and not training.run._leaving.is_set():
+    while count[0] > {steps} and hold.exists() and not training.requests.is_leaving():
         time.sleep(0.05)
     return real(*arguments)
 training.loop.to_device = held

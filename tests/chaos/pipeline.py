@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import yaml
 from chaos.processes import MARK, marked, new_mark, wait_until
+from services.checkout import commit_all
 
 from training.records import RESULT, JournalEntry, read_journal
 
@@ -154,5 +155,5 @@ def make_pipeline(folder: Path) -> Pipeline:
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | RECIPE))
     (repo / "params.yaml").write_text("datasets:\n  - sample-aerial\n")
     (repo / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    subprocess.run(["git", "init", "--quiet", str(repo)], check=True)
+    commit_all(repo)
     return Pipeline(repo, folder / "home")

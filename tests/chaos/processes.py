@@ -10,6 +10,8 @@ from uuid import uuid4
 
 import psutil
 
+from infra.processes import is_alive
+
 MARK = "SPECK_TEST_MARK"
 
 
@@ -23,8 +25,8 @@ def marked(mark: str, naming: str = "") -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            is_living = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
-            if is_living and process.environ().get(MARK) == mark and naming in " ".join(process.cmdline()):
+            is_other = process.pid != os.getpid() and is_alive(process)
+            if is_other and process.environ().get(MARK) == mark and naming in " ".join(process.cmdline()):
                 found.append(process)
     return found
 

@@ -233,6 +233,26 @@ def test_the_score_of_every_anchor_point_is_the_product_of_its_factors(trained: 
             torch.testing.assert_close(one.scores[one.labels == number], expected, rtol=1e-6, atol=0)
 
 
+def test_detections_are_chosen_among_the_scored_boxes(trained: nn.Module) -> None:
+    config = PostprocessConfig(score_threshold=0, nms_iou=1, max_detections=10_000)
+    with torch.no_grad():
+        predictions = trained(images(2))
+        boxes_xyxy_px, scores = trained.scored_boxes(predictions)
+        detections = trained.postprocess(predictions, config)
+    num_anchors = sum((64 // stride) ** 2 for stride in trained.strides)
+    assert boxes_xyxy_px.shape == (2, num_anchors, 4)
+    assert scores.shape == (2, num_anchors, NUM_CLASSES)
+    assert boxes_xyxy_px.dtype == scores.dtype == torch.float32
+    for boxes, of_classes, one in zip(boxes_xyxy_px, scores, detections, strict=True):
+        best, labels = of_classes.max(dim=1)
+        order = best.argsort(descending=True, stable=True)
+        torch.testing.assert_close(one.scores, best[order], rtol=1e-6, atol=0)
+        rows = {(*box, label) for box, label in zip(boxes.tolist(), labels.tolist(), strict=True)}
+        assert {
+            (*box, label) for box, label in zip(one.boxes_xyxy_px.tolist(), one.labels.tolist(), strict=True)
+        } == rows
+
+
 def test_anchor_points_lie_in_the_middle_of_their_cells(trained: nn.Module) -> None:
     """Finest level first, row by row: as `boxes` decode them."""
     with torch.no_grad():

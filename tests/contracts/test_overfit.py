@@ -9,50 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import SMALLEST
+from families import NUM_IMAGES, SMALLEST, scene, total_loss
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import models
 from models.interface import Detections, PostprocessConfig, Targets
 
-NUM_IMAGES = 8
-SIDE_PX = 128
-NUM_OBJECTS = 6
 MAX_STEPS = 900
 LEARNING_RATE = 2e-3
-COLOURS = torch.tensor([[40.0, 180.0, 220.0], [200.0, 60.0, 60.0]])
-
-
-def scene() -> tuple[torch.Tensor, Targets]:
-    """Grey noise with rectangles of 6 to 12 px in two colours, two pixels or more apart."""
-    generator = torch.Generator().manual_seed(0)
-
-    def integer(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (1,), generator=generator))
-
-    images = torch.randint(90, 110, (NUM_IMAGES, 3, SIDE_PX, SIDE_PX), generator=generator).float()
-    boxes: list[tuple[int, int, int, int]] = []
-    labels: list[int] = []
-    for image in range(NUM_IMAGES):
-        placed: list[tuple[int, int, int, int]] = []
-        while len(placed) < NUM_OBJECTS:
-            width, height = integer(6, 13), integer(6, 13)
-            x, y = integer(0, SIDE_PX - width), integer(0, SIDE_PX - height)
-            near = (x - 2, y - 2, x + width + 2, y + height + 2)
-            if any(near[0] < b[2] and b[0] < near[2] and near[1] < b[3] and b[1] < near[3] for b in placed):
-                continue
-            placed.append((x, y, x + width, y + height))
-            labels.append(integer(0, 2))
-            images[image, :, y : y + height, x : x + width] = COLOURS[labels[-1]].view(3, 1, 1)
-        boxes += placed
-    return images, Targets(
-        torch.tensor(boxes).float(),
-        torch.tensor(labels),
-        torch.arange(NUM_IMAGES).repeat_interleave(NUM_OBJECTS),
-        torch.zeros(0, 4),
-        torch.zeros(0, dtype=torch.int64),
-    )
 
 
 def coco_ap(targets: Targets, detections: list[Detections]) -> float:
@@ -98,9 +63,8 @@ def test_eight_images_of_tiny_objects_are_learned_by_heart(name: str) -> None:
         for group in optimizer.param_groups:
             share = min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / MAX_STEPS))
             group["lr"] = LEARNING_RATE * share
-        losses = detector.train().criterion(detector(images), targets)
         optimizer.zero_grad()
-        torch.stack([value / losses.counts[term].clamp(min=1) for term, value in losses.sums.items()]).sum().backward()
+        total_loss(detector.train(), images, targets).backward()
         optimizer.step()
         if step % 50 == 49:
             with torch.no_grad():

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,107 +13,30 @@ from typing import Any
 
 import pytest
 import yaml
-from chaos.processes import MARK, left_after, marked, new_mark, wait_until
-from services.prefect_server import PrefectService, prefect_service, process_worker
+from chaos.processes import marked, wait_until
+from decided import champion
+from finished import finish_run
+from services.checkout import ROOT
+from services.deployment import RUN_S, Deployed, deployed_checkout
+from services.webhook import SECRET, Receiver, webhook_receiver
 
 from data.report import HTML, JSON, LOCK, report_folder
 from data.versioning import current_version
+from flows.settings import Settings
+from tracking.authority import open_authority
 from tracking.client import connect
-from tracking.registry import champion
 from training.records import RunResult, read_result
 
-ROOT = Path(__file__).parents[2]
-RECIPE = {"image_size_px": 128, "num_images": {"train": 16, "val": 4, "test": 4}}
 SMALL = ["training.epochs=1", "training.closing_epochs=0", "training.input_size_px=96"]
 CELL = {"architectures": ["yolox-nano"], "datasets": ["sample-aerial"]}
-RUN_S = 180.0
-FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
-pytestmark = pytest.mark.timeout(400)
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """A copy of the checkout whose deployments are on a server with a worker."""
-
-    repo: Path
-    home: Path
-    service: PrefectService
-    mark: str
-
-    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs Prefect's own command line in the copy."""
-        return subprocess.run(
-            [sys.executable, "-m", "prefect", *arguments], cwd=self.repo, env=os.environ | self.service.environment,
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-
-    def start(self, **parameters: Any) -> str:
-        """`prefect deployment run train-all/default`; returns the flow run's id."""
-        name = uuid.uuid4().hex
-        given = [part for key, value in parameters.items() for part in ("--param", f"{key}={json.dumps(value)}")]
-        started = self.prefect("deployment", "run", "train-all/default", "--flow-run-name", name, *given)
-        assert started.returncode == 0, started.stdout + started.stderr
-        (run,) = self.service.request("/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
-        return str(run["id"])
-
-    def state(self, run_id: str) -> dict[str, Any]:
-        """Type and message of the flow run's state."""
-        return dict(self.service.request(f"/flow_runs/{run_id}")["state"])
-
-    def end(self, run_id: str) -> dict[str, Any]:
-        """Waits for the flow run's final state."""
-        wait_until(lambda: self.state(run_id)["type"] in FINAL, RUN_S, f"the end of flow run {run_id}", every_s=0.5)
-        return self.state(run_id)
-
-    def artifact(self, run_id: str, key: str) -> list[str]:
-        """The lines of the Markdown that the flow run left behind under `key`."""
-        wanted = {"key": {"any_": [key]}, "flow_run_id": {"any_": [run_id]}}
-        (found,) = self.service.request("/artifacts/filter", {"artifacts": wanted})
-        return [str(line) for line in found["data"].splitlines()]
-
-    def table(self, run_id: str, key: str) -> list[list[str]]:
-        """The cells of the table in it."""
-        lines = self.artifact(run_id, key)
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
-
-
-def copy_checkout(repo: Path) -> None:
-    """All that git tracks or would track, as a repository of its own with a sample of 24 small pictures."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in names:
-        if (ROOT / name).is_file():
-            (repo / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, repo / name)
-    recipe = repo / "data/raw/sample-aerial/recipe.yaml"
-    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | RECIPE))
-    subprocess.run(["git", "init", "--quiet", str(repo)], check=True)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    folder, mark = tmp_path_factory.mktemp("deployment"), new_mark()
-    repo, home = folder / "repo", folder / "home"
-    copy_checkout(repo)
-    with pytest.MonkeyPatch.context() as environment:
-        for name in os.environ:
-            if name.startswith(("SPECK_", "MLFLOW_", "PREFECT_", "RAY_")):
-                environment.delenv(name)
-        environment.setenv(MARK, mark)
-        environment.setenv("SPECK_HOME", str(home))
-        environment.setenv("SPECK_STORE", str(folder / "store"))
-        # Stands for the copy's own `.venv`: the packages of this one come from the original checkout.
-        environment.setenv("PYTHONPATH", str(repo))
-        with prefect_service(folder) as service:
-            made = Deployed(repo, home, service, mark)
-            for step in (("work-pool", "create", "speck", "--type", "process"), ("--no-prompt", "deploy", "--all")):
-                done = made.prefect(*step)
-                assert done.returncode == 0, done.stdout + done.stderr
-            # Not in the copy: the deployment knows where its code is.
-            with process_worker(service, "speck", cwd=folder):
-                yield made
-    assert left_after(mark, 30) == [], "processes that outlived server and worker"
+    with deployed_checkout(tmp_path_factory.mktemp("deployment")) as made, made.worker():
+        yield made
 
 
 @dataclass(frozen=True)
@@ -139,6 +60,19 @@ def finished(deployed: Deployed) -> Finished:
     result = read_result(path.parent)
     assert result is not None
     return Finished(run_id, state, meanwhile, result)
+
+
+@pytest.fixture(scope="module")
+def receiver(deployed: Deployed, finished: Finished) -> Iterator[Receiver]:
+    """Whom the automations of `speck automations` notify, from here on."""
+    with webhook_receiver() as made, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SPECK_WEBHOOK_URL", made.url)
+        for verb in ("created", "unchanged"):
+            done = deployed.speck("automations")
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [verb] * 4
+            assert SECRET not in done.stdout + done.stderr
+        yield made
 
 
 def test_a_run_leaves_a_result_of_the_copys_own_data(deployed: Deployed, finished: Finished) -> None:
@@ -197,16 +131,14 @@ def test_prefect_shows_plan_and_leaderboard(deployed: Deployed, finished: Finish
 
 
 def test_the_log_tells_everything_once(deployed: Deployed, finished: Finished) -> None:
-    wanted = {"logs": {"flow_run_id": {"any_": [finished.run_id]}}, "limit": 200}
-    lines = [line["message"] for line in deployed.service.request("/logs/filter", wanted)]
-    told = [line for line in lines if line.startswith("yolox-nano / sample-aerial / seed 0: ")]
+    told = [line for line in deployed.log(finished.run_id) if line.startswith("yolox-nano / sample-aerial / seed 0: ")]
     assert len([line for line in told if ": epoch 1/1 done: loss " in line]) == 1
     assert len(set(told)) == len(told)
 
 
 def test_a_run_started_meanwhile_is_cancelled(finished: Finished) -> None:
     assert finished.meanwhile["type"] == "CANCELLED"
-    assert finished.meanwhile["message"] == "Deployment concurrency limit reached."
+    assert "is at work on the same" in finished.meanwhile["message"]
 
 
 def test_the_same_run_again_trains_nothing(deployed: Deployed, finished: Finished) -> None:
@@ -214,6 +146,96 @@ def test_the_same_run_again_trains_nothing(deployed: Deployed, finished: Finishe
     assert deployed.end(run_id)["type"] == "COMPLETED"
     assert [line[1] for line in deployed.table(run_id, "plan")[2:]] == ["cached"]
     assert read_result(deployed.home / "runs" / finished.result.run_key) == finished.result
+
+
+def test_retraining_on_unchanged_data_says_that_there_is_nothing_to_do(deployed: Deployed, finished: Finished) -> None:
+    run_id = deployed.start(
+        "retrain/default", changes=[*SMALL, "architectures=[yolox-nano]"], datasets=CELL["datasets"]
+    )
+    state = deployed.end(run_id)
+    assert (state["type"], state["name"]) == ("COMPLETED", "Unchanged"), state["message"]
+    version = finished.result.spec.dataset.version[:12]
+    assert state["message"] == f"Nothing to do for 1 cell: sample-aerial unchanged, version {version}"
+
+
+def test_a_champion_is_scored_again_under_another_protocol(deployed: Deployed, finished: Finished) -> None:
+    asked = {"model": "models:/sample-aerial@champion", "split": "val", "protocol": "visdrone"}
+    run_id = deployed.start("evaluate/default", **asked)
+    state = deployed.end(run_id)
+    assert state["type"] == "COMPLETED", state["message"]
+    assert state["message"].startswith(f"run {finished.result.run_key} on sample-aerial val: coco/AP ")
+    assert "visdrone/AP50" in "".join(deployed.artifact(run_id, "evaluation"))
+    assert (deployed.home / "evaluations" / run_id / "report.html").is_file()
+
+
+def test_every_parameter_is_explained_and_choices_are_offered(deployed: Deployed) -> None:
+    for flow in ("train-all", "retrain", "evaluate", "promote"):
+        form = deployed.service.request(f"/deployments/name/{flow}/default")["parameter_openapi_schema"]
+        assert all(field["description"][0].isupper() for field in form["properties"].values()), flow
+    assert "visdrone" in str(
+        deployed.service.request("/deployments/name/evaluate/default")["parameter_openapi_schema"]["properties"][
+            "protocol"
+        ]
+    )
+    (schedule,) = deployed.service.request("/deployments/name/retrain/default")["schedules"]
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+
+
+def test_the_server_plans_the_nightly_retraining(deployed: Deployed) -> None:
+    """A cron line alone trains nothing: Prefect's scheduler has to make runs of it."""
+    wanted = {"deployments": {"name": {"any_": ["default"]}}, "flows": {"name": {"any_": ["retrain"]}},
+              "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}  # fmt: skip
+
+    def planned() -> list[str]:
+        runs = deployed.service.request("/flow_runs/filter", wanted)
+        return [str(run["expected_start_time"]) for run in runs if run["auto_scheduled"]]
+
+    wait_until(planned, 120, "a scheduled run", every_s=2)
+    assert all("T02:00:00" in at for at in planned())
+
+
+def test_the_page_of_a_cell_shows_progress_and_the_job(deployed: Deployed, finished: Finished) -> None:
+    key = finished.result.run_key
+    wanted = {"artifacts": {"flow_run_id": {"any_": [finished.run_id]}}, "limit": 50}
+    shown = {one["key"]: one for one in deployed.service.request("/artifacts/filter", wanted)}
+    assert (shown[f"progress-{key}"]["type"], shown[f"progress-{key}"]["data"]) == ("progress", 100.0)
+    assert f"/#/jobs/{key}-1" in shown[f"ray-{key}"]["data"]
+    # What the job prints beside what is said to people.
+    assert any(
+        "[speck]" not in line and "Started training worker group" in line for line in deployed.log(finished.run_id)
+    )
+
+
+def test_a_promotion_waits_for_a_person_and_keeps_the_comment(
+    deployed: Deployed, finished: Finished, receiver: Receiver
+) -> None:
+    settings = Settings()
+    spec = finished.result.spec.model_copy(update={"seed": 1})
+    better = finish_run(spec, deployed.repo / "data" / "processed" / "sample-aerial", settings, share=1.0)
+    client = connect(settings.tracking_uri)
+
+    def holder() -> str:
+        version = champion(client, "sample-aerial")
+        assert version is not None
+        return version.run_key
+
+    run_id = deployed.start("promote/default", dataset="sample-aerial", run=better.run_key)
+    wait_until(lambda: deployed.state(run_id)["name"] == "Suspended", 120, "a promotion that waits", every_s=0.5)
+    assert holder() == finished.result.run_key
+    assert "would become champion" in deployed.artifact(run_id, "promotion-sample-aerial")[0]
+    answer = {"approve": True, "comment": "seen on the roof pictures"}
+    deployed.service.request(f"/flow_runs/{run_id}/resume", {"run_input": answer})
+    state = deployed.end(run_id)
+    assert (state["type"], state["name"]) == ("COMPLETED", "Promoted"), state["message"]
+    assert holder() == better.run_key
+    newest = open_authority(None, settings.home).entries("sample-aerial")[-1]
+    assert (newest.action, newest.run_key) == ("promoted", better.run_key)
+    assert newest.why.startswith("seen on the roof pictures; superior in coco/AP: 1.0000")
+    wait_until(lambda: receiver.told("promoted"), 60, "news of the promotion", every_s=0.5)
+    (news,) = receiver.told("promoted")
+    told = news["verdict"]
+    assert (told["dataset"], told["run_key"], told["reason"]) == ("sample-aerial", better.run_key, newest.why)
+    assert all(row["passed"] for row in told["verdict"])
 
 
 def test_cancelling_in_prefect_stops_the_cell_and_leaves_it_resumable(deployed: Deployed, finished: Finished) -> None:
@@ -225,8 +247,7 @@ def test_cancelling_in_prefect_stops_the_cell_and_leaves_it_resumable(deployed: 
         return [path for path in folders.glob("*/journal/*.json") if finished.result.run_key not in path.parts]
 
     wait_until(lambda: len(epochs()) >= 2, RUN_S, "two epochs", every_s=0.5)
-    cancel = {"state": {"type": "CANCELLING", "message": "asked by the test"}, "force": False}
-    deployed.service.request(f"/flow_runs/{run_id}/set_state", cancel)
+    deployed.cancel(run_id)
     assert deployed.end(run_id)["type"] == "CANCELLED"
     wait_until(lambda: not marked(deployed.mark, "ray::"), 60, "the end of the workers", every_s=0.5)
     (run_folder,) = {path.parent.parent for path in epochs()}
@@ -241,16 +262,43 @@ def test_cancelling_in_prefect_stops_the_cell_and_leaves_it_resumable(deployed: 
     axes = ["--architectures", "yolox-nano", "--datasets", "sample-aerial"]
     plan = subprocess.run(
         [sys.executable, "-m", "flows", "plan", "--json", *axes, *sets],
-        cwd=deployed.repo, env=environment, capture_output=True, text=True, timeout=60, check=True,
+        cwd=deployed.repo, env=environment, capture_output=True, text=True, timeout=180, check=True,
     )  # fmt: skip
     (cell,) = json.loads(plan.stdout)["cells"]
     assert (cell["run_key"], cell["state"]) == (run_folder.name, "resume")
 
 
-def test_a_misspelt_architecture_fails_the_run_with_the_nearest_name(deployed: Deployed) -> None:
+@pytest.mark.soak
+def test_changed_data_seen_by_train_all_starts_a_retraining_which_can_be_cancelled(
+    deployed: Deployed, receiver: Receiver
+) -> None:
+    known = {run["id"] for run in deployed.runs_of("retrain")}
+    recipe = deployed.repo / "data/raw/sample-aerial/recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"seed": 77}))
+    run_id = deployed.start(changes=SMALL, **CELL)
+
+    def started() -> list[dict[str, Any]]:
+        return [run for run in deployed.runs_of("retrain") if run["id"] not in known and run["state_type"] == "RUNNING"]
+
+    wait_until(started, RUN_S, "a retraining", every_s=0.5)
+    (retraining,) = started()
+    assert retraining["parameters"]["datasets"] == ["sample-aerial"]
+    wait_until(lambda: any("workers: " in line for line in deployed.log(retraining["id"])), RUN_S, "a job", every_s=0.5)
+    deployed.cancel(retraining["id"])
+    assert deployed.end(retraining["id"])["type"] == "CANCELLED"
+    assert deployed.end(run_id)["type"] == "COMPLETED"
+    wait_until(lambda: not marked(deployed.mark, "ray::"), 60, "the end of the workers", every_s=0.5)
+
+
+def test_a_misspelt_architecture_fails_the_run_with_the_nearest_name(deployed: Deployed, receiver: Receiver) -> None:
     state = deployed.end(deployed.start(architectures=["yolox-nan"]))
     assert state["type"] == "FAILED"
-    assert "UnknownArchitecture: 'yolox-nan' is not known. Did you mean 'yolox-nano'?" in state["message"]
+    why = "UnknownArchitecture: 'yolox-nan' is not known. Did you mean 'yolox-nano'?"
+    assert why in state["message"]
+    wait_until(lambda: receiver.told("failed"), 60, "news of the failure", every_s=0.5)
+    (news,) = receiver.told("failed")
+    assert (news["flow"], why in news["why"]) == ("train-all", True)
+    assert news["page"].startswith(deployed.service.url)
 
 
 @pytest.mark.parametrize(

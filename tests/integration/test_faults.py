@@ -19,7 +19,8 @@ from services.fault_proxy import FaultProxy, fault_proxy
 from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
 
 from training.checkpoint import CHECKPOINTS, newest_first, newest_valid, verify_checkpoint
-from training.jobs import Jobs, embedded_cluster
+from training.cluster import embedded_cluster
+from training.jobs import Jobs
 from training.records import RESULT, RunResult, attempt_name, hash_files, read_journal, read_result, record_attempt
 from training.spec import ComputeSpec, RunSpec
 from training.store import RunStore, open_store
@@ -33,6 +34,16 @@ def slowly(*arguments):
     time.sleep(0.7)
     return real(*arguments)
 training.loop.to_device = slowly
+"""
+# Longer than Ray leaves the others when a worker is gone.
+SLOW_STORAGE = """
+import time, training.store
+real = training.store.FolderStore.upload
+def slowly(self, folder, name, **kept):
+    if name.startswith("checkpoints/") and int(name.partition("/")[2][:9]) % 12:
+        time.sleep(8)
+    real(self, folder, name, **kept)
+training.store.FolderStore.upload = slowly
 """
 HANGING = """
 import torch.distributed as dist, training.loop
@@ -128,6 +139,7 @@ def wait_for_progress(cell: Cell) -> None:
     wait_until(lambda: any("step " in line and "ETA" in line for line in cell.lines) or cell.failed, 120, "no step")
 
 
+@pytest.mark.soak
 def test_a_stopped_job_goes_on_within_its_epoch(service: Service, tiny_spec: MakeSpec) -> None:
     """Steps that take long, so that the stop comes within an epoch."""
     spec = tiny_spec(epochs=2, batch_size=2, seed=11, compute=two_workers())
@@ -147,7 +159,7 @@ def test_a_stopped_job_goes_on_within_its_epoch(service: Service, tiny_spec: Mak
 
 def test_a_worker_that_has_to_leave_costs_no_step_and_is_no_failure(service: Service, tiny_spec: MakeSpec) -> None:
     spec = tiny_spec(epochs=3, batch_size=2, seed=12, compute=two_workers())
-    cell = service.start(spec)
+    cell = service.start(spec, SLOW_STORAGE)
     wait_until(lambda: list(newest_first(cell.folder)) or cell.failed, 120, "no checkpoint")
     service.workers()[-1].terminate()
     assert_whole(cell, 3)
@@ -187,6 +199,7 @@ def memory_group(limit_bytes: int) -> Iterator[Path]:
         folder.rmdir()
 
 
+@pytest.mark.soak
 def test_a_worker_killed_for_its_memory_gets_less_at_a_time(service: Service, tiny_spec: MakeSpec) -> None:
     spec = tiny_spec(epochs=2, batch_size=8, seed=14, compute=two_workers())
     with memory_group(2 * 2**30) as group:
@@ -198,6 +211,7 @@ def test_a_worker_killed_for_its_memory_gets_less_at_a_time(service: Service, ti
     assert [entry.metrics["train/accumulation"] for entry in read_journal(cell.folder)] == [2, 2]
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
     service: Service, tiny_spec: MakeSpec, tmp_path: Path
 ) -> None:

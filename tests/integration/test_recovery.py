@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from chaos.pipeline import NUM_EPOCHS, FlowRun, Pipeline, make_pipeline
-from chaos.processes import left_after, marked
+from chaos.processes import left_after, marked, wait_until
 from mlflow import MlflowClient
 
 from training.checkpoint import CorruptCheckpoint, newest_first, verify_checkpoint
 from training.records import RESULT, read_result
+from training.requests import stop_name
 
 ENDS_S = 30.0
 RUNS_S = 180.0
@@ -75,10 +79,38 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
+def is_training_or_over(run: FlowRun) -> bool:
+    return "data ready" in run.output or run.process.poll() is not None
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.soak
+def test_ctrl_c_in_a_terminal_leaves_the_cluster_time_to_keep_a_checkpoint(pipeline: Pipeline) -> None:
+    """A terminal sends it to every process of the group, not only to the flow."""
+    experiment = yaml.safe_load((pipeline.repo / "experiment.yaml").read_text())
+    experiment["training"]["epochs"] = 400
+    (pipeline.repo / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    run = pipeline.start()
+    try:
+        wait_until(pipeline.reports, 150, "an epoch")
+        os.killpg(run.process.pid, signal.SIGINT)
+        assert run.wait(60) == 130, run.output
+    finally:
+        run.process.kill()
+        left = left_after(run.mark, ENDS_S)
+    assert left == [], "processes that outlived the flow"
+    assert "interrupted; what was reached is kept" in run.output
+    assert "the cluster does not answer" not in run.output
+    # The job was asked to stop, and its workers heard of it: they kept a checkpoint after the last report.
+    assert (pipeline.run_folder / stop_name(1)).is_file()
+    newest = next(folder for folder in newest_first(pipeline.run_folder) if is_whole(folder))
+    assert verify_checkpoint(newest).step >= pipeline.reports()[-1].step
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_three_kills_cost_the_work_in_flight_and_nothing_else(pipeline: Pipeline) -> None:
     # During an epoch: one is reported, the next one runs. Only the flow's own process is hit.
@@ -127,7 +159,10 @@ def test_twenty_kills_at_random_moments(pipeline: Pipeline) -> None:
     (pipeline.repo / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     run = pipeline.start()
     while hit.total() < NUM_KILLS:
-        time.sleep(chance.uniform(1, 25))
+        # Two of three kills hit a training that is at work, the others whatever comes before.
+        if chance.random() < 2 / 3:
+            wait_until(partial(is_training_or_over, run), RUNS_S, "a training")
+        time.sleep(chance.uniform(1, 15))
         if run.process.poll() is not None:
             assert list(pipeline.home.glob(f"runs/*/{RESULT}")) == [], f"the run ended before all kills: {hit}"
             assert left_after(run.mark, ENDS_S) == []

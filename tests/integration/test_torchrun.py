@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from data.versioning import DatasetVersion
 from flows.cli import app
 from training.checkpoint import newest_first, verify_checkpoint
-from training.ledger import read_ledger
+from training.ledger import read_ledger, read_usages
 from training.records import read_journal, read_result
 from training.spec import RunSpec
 
@@ -134,12 +135,25 @@ def require_whole(run_folder: Path, spec_file: Path, *, attempts: int) -> dict[s
     }
 
 
+def test_a_run_tells_of_its_packages_its_machine_and_its_load(undisturbed: Torchrun) -> None:
+    (usage,) = read_usages(undisturbed.run_folder)
+    (node,) = usage.nodes
+    assert (node.number, node.host, node.num_cpus) == (0, platform.node(), os.cpu_count())
+    packages = (undisturbed.run_folder / "attempts" / "001" / "environment.txt").read_text().splitlines()
+    assert f"torch=={torch.__version__}" in packages
+    for entry in read_journal(undisturbed.run_folder):
+        assert {name for name in entry.metrics if name.startswith("system/") and "gpu" not in name} == {
+            "system/cpu_percent", "system/memory_used_gib", "system/process_memory_gib",
+        }  # fmt: skip
+
+
 def test_a_run_is_done_once(undisturbed: Torchrun) -> None:
     assert require_whole(undisturbed.run_folder, undisturbed.spec_file, attempts=1)
     assert undisturbed.to_its_end().count("is there: the run is done") == 1
     require_whole(undisturbed.run_folder, undisturbed.spec_file, attempts=1)
 
 
+@pytest.mark.soak
 def test_a_run_that_was_told_to_leave_within_an_epoch_ends_as_if_it_had_not(
     undisturbed: Torchrun, tmp_path: Path
 ) -> None:

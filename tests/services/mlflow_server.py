@@ -19,10 +19,15 @@ class MlflowService:
 
 
 @contextmanager
-def mlflow_service(folder: Path, *, port: int = 0) -> Iterator[MlflowService]:
-    """Serves `folder/mlflow.db`; entering it again with the same folder and port is a restart of the same server."""
+def mlflow_service(
+    folder: Path, *, port: int = 0, database: str | None = None, artifacts: str | None = None
+) -> Iterator[MlflowService]:
+    """Serves `folder/mlflow.db`; entering it again with the same folder and port is a restart of the same server.
+
+    `database` and `artifacts`: addresses of other places than this folder.
+    """
     credentials = read_credentials(folder)
-    server = mlflow_server(folder, free_port(port), credentials)
+    server = mlflow_server(folder, free_port(port), credentials, database=database, artifacts=artifacts)
     with running(server, folder / "mlflow.log"):
         environment = {
             "MLFLOW_TRACKING_URI": server.url,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import sys
 import time
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.servers import free_port, guarded, prefect_server, read_credentials, running
+from infra.servers import ask_prefect, free_port, guarded, prefect_server, read_credentials, running
 
-WORKER_START_S = 60.0
+WORKER_START_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,7 @@ class PrefectService:
     def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer of `GET api_url + path`, or of `POST` when there is a body; raises HTTPError."""
         token = base64.b64encode(self.environment["PREFECT_API_AUTH_STRING"].encode()).decode()
-        request = urllib.request.Request(
-            self.api_url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Basic {token}", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.load(answer)
+        return ask_prefect(self.api_url, f"Basic {token}", path, body)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def s3_service(folder: Path, *, port: int = 0) -> Iterator[S3Service]:
     ]  # fmt: skip
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
-            _wait(f"http://127.0.0.1:{port}", server, log)
+            wait_for_answer(f"http://127.0.0.1:{port}", server, log)
             environment = {
                 "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
                 "AWS_ACCESS_KEY_ID": key,
@@ -53,9 +53,9 @@ def s3_service(folder: Path, *, port: int = 0) -> Iterator[S3Service]:
             server.terminate()
 
 
-def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_answer(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     """Return when the server answers, were it with a refusal."""
-    for _ in range(300):
+    for _ in range(600):
         if server.poll() is not None:
             break
         try:
@@ -65,4 +65,4 @@ def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"rclone does not serve: {log.read_text()}")
+    raise RuntimeError(f"no S3 server at {url}: {log.read_text()}")

@@ -28,7 +28,7 @@ from typing import Any
 from chaos.processes import wait_until
 
 from infra.servers import guarded
-from training.jobs import Cluster, use_token
+from training.cluster import Cluster, use_token
 
 GCS_PORT, JOBS_PORT = 6379, 8265
 # The name of the cable's end inside every namespace.

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 MODULES = sorted(path for package in PACKAGES for path in ROOT.joinpath(*package.split(".")).glob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-RAY_FILES = {"worker.py", "launch.py", "retry.py", "job.py", "jobs.py", "scoring_job.py"}
+RAY_FILES = {"worker.py", "launch.py", "retry.py", "job.py", "cluster.py", "jobs.py", "scoring_job.py"}
 MAX_LINES = 400
 
 

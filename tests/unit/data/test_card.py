@@ -57,6 +57,11 @@ def test_all_faults_at_once_with_file_and_key(tmp_path: Path) -> None:
         ("name: [", "not YAML"),
         ("- harbour", "card: "),
         (yaml.safe_dump(VALUES | {"name": "port"}), "must equal the file's name"),
+        (
+            yaml.safe_dump(VALUES | {"source": "s3://k:s@b"}),
+            "source: .*must not hold a user or password",
+        ),
+        (yaml.safe_dump(VALUES | {"sources": ["s3://a", "s3://k:s@b"]}), "sources: .*must not hold a user or password"),
     ],
 )
 def test_not_a_card(tmp_path: Path, text: str, message: str) -> None:

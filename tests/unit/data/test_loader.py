@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data.decode import UndecodableImage, read_bgr
+from data.decode import TooManyUnreadable, UndecodableImage, read_bgr
 from data.loader import (
     AugmentConfig,
     Batch,
     DetectionDataset,
     GlobalBatchSampler,
     Sample,
-    TooManyUnreadable,
     collate,
     init_worker,
 )

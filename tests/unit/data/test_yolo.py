@@ -260,7 +260,7 @@ def test_entries_and_lists_stay_in_the_folder(folder: Path, entry: str, rule: st
             "data.yaml:1:8: error: anchors, aliases and tags are not allowed",
         ),
         ("a: &a [x]\nnames: [*a]", "data.yaml:1:4: error: anchors, aliases and tags are not allowed"),
-        ("names: [car, [", "data.yaml:1:15: error: not YAML"),
+        ("names: [car, [", "data.yaml:2:1: error: not YAML"),
         ("names: " + "[" * 50_000, "data.yaml:1:27: error: nested deeper than 20 levels"),
         ("names: 1", "names must be a list"),
         ("names: {0: car, 2: boat}", "names must be a list"),

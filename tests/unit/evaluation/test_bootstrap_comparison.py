@@ -15,7 +15,7 @@ from scenes import detection, ground_truth, random_set
 
 from evaluation.coco import coco_rules, score_tables
 from evaluation.samples import coco_samples
-from evaluation.significance import Comparison, Difference, NotComparable, compare
+from evaluation.significance import Comparison, Difference, NotComparable, compare, intervals
 from evaluation.tables import Tables, tabulate
 
 SAMPLE = partial(coco_samples, rules=coco_rules(), ignore_rule="none")
@@ -55,6 +55,18 @@ def test_both_values_are_the_scores_of_the_whole_set() -> None:
     ]
     assert (comparison.num_images, comparison.num_groups, comparison.num_samples) == (8, 8, 20)
     json.dumps(asdict(comparison), allow_nan=False)
+
+
+def test_the_interval_of_one_run_is_that_of_its_lead_over_a_run_that_finds_nothing() -> None:
+    truth, found = random_set(0)
+    tables, nothing = tabulate(truth, found), tabulate(truth, [])
+    lead = compare(nothing, tables, SAMPLE, num_samples=50, seed=3).metrics
+    bounds = intervals(tables, SAMPLE, num_samples=50, seed=3)
+    assert bounds.keys() == {name for name, one in lead.items() if one.difference is not None}
+    assert bounds == {name: (lead[name].low, lead[name].high) for name in bounds}
+    assert bounds["coco/AP"][0] < lead["coco/AP"].second < bounds["coco/AP"][1]
+    with pytest.raises(NotComparable, match=r"1 group"):
+        intervals(tables, SAMPLE, groups=np.zeros(len(tables.image_ids), np.int64))
 
 
 @given(st.integers(0, 5), st.integers(0, 1000))

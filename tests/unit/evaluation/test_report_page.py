@@ -146,6 +146,7 @@ def compare(folder: Path, truth: dict[str, Any], a: Any, b: Any, **options: Any)
     comparison = Comparison(8, 8, 1000, 0, 0.95, {"coco/AP": difference}, classes)
     options |= {"scored_on": "tiny test", "ignore_rule": "covered-half", "comparison": comparison}
     options |= {"notes": ["warning: of only 8 images", HOSTILE]}
+    options |= {"facts": {"parameters": [(HOSTILE, "1", HOSTILE)], "data": []}}
     write_comparison(path, folder / "images", truth, sides, **options)
     return Page(path.read_text())
 
@@ -158,6 +159,7 @@ def test_two_runs_are_counted_and_shown_where_they_differ_most(tmp_path: Path, t
     page = compare(tmp_path, truth, a, b)
     check_self_contained(page)
     assert "coco/AP 0.250 0.500 +0.250 +0.125 to +0.375 better" in page.text
+    assert "They are the same." in page.text
     assert f"{HOSTILE}: coco/AP50 0.250 0.500 +0.250 +0.125 to +0.375 better" in page.text
     assert "bus: coco/AP50" not in page.text
     assert "would give. warning: of only 8 images" in page.text

@@ -55,3 +55,9 @@ def test_a_sample_is_the_score_of_repeated_images(protocol: ProtocolName, seed: 
 
 def known(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_split_without_a_picture_has_no_score(protocol: ProtocolName) -> None:
+    nothing = tabulate({"images": [], "annotations": [], "categories": [{"id": 1, "name": "car"}]}, [])
+    assert set(score_by(protocol, nothing, ignore_rule="covered-half").metrics.values()) == {None}

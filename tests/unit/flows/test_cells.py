@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flows.cells import Cancelled, CellRunner
+from flows.lease import LeaseLost, lease
 from flows.plan import plan_cell
 from flows.record import Recorder
 from flows.settings import Settings
@@ -72,6 +74,17 @@ def test_a_stopped_flow_begins_no_cell(settings: Settings, spec: RunSpec) -> Non
         runner(settings, [], stop).run(plan_cell(spec, settings))
 
 
+def test_a_flow_whose_turn_is_over_begins_no_training(settings: Settings, spec: RunSpec) -> None:
+    def over() -> None:
+        raise LeaseLost("another one goes ahead")
+
+    late = replace(runner(settings, []), check_turn=over)
+    with pytest.raises(LeaseLost, match="another one goes ahead"):
+        late.run(plan_cell(spec, settings))
+    with lease(settings.storage, spec.run_key, print, lambda: None), pytest.raises(LeaseLost):
+        late.run(plan_cell(spec, settings))
+
+
 def test_a_superseded_training_is_kept_whole_and_the_next_one_has_a_name_of_its_own(
     settings: Settings, spec: RunSpec, run_folder: Path, make_result: Callable[..., RunResult]
 ) -> None:
@@ -99,6 +112,9 @@ class BusyCluster:
     def living(self, run_key: str) -> str:
         assert self.alive.startswith(run_key)
         return self.alive
+
+    def require_room(self, _: RunSpec) -> None:
+        """There is always room."""
 
     def stop(self, submission_id: str) -> None:
         self.stopped.append(submission_id)

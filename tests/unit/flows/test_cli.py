@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def test_help_lists_every_command_and_imports_nothing_heavy(tmp_path: Path) -> N
     assert [name for name in commands if f" {name} " not in answer.stdout] == []
     assert (answer.returncode, answer.stderr.split()) == (0, ["imported:"])
     assert what_is_in(tmp_path / "home") == []
+
+
+def test_the_version_is_that_of_the_installed_package(speck: Speck, settings: Settings) -> None:
+    assert speck("--version") == (0, f"{version('speck')}\n", "")
+    assert what_is_in(settings.home) == []
 
 
 def test_a_misspelt_name_starts_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -156,8 +162,8 @@ def test_plan_json_tells_every_cell_and_writes_nothing(speck: Speck, settings: S
     assert len({cell["run_key"] for cell in answer["cells"]}) == 4
     assert what_is_in(settings.home) == []
     text = speck("plan", *axes)[1]
-    version, *lines, total = text.splitlines()
-    assert version == f"sample-aerial: version {answer['cells'][0]['dataset_version'][:12]}"
+    first, *lines, total = text.splitlines()
+    assert first == f"sample-aerial: version {answer['cells'][0]['dataset_version'][:12]}"
     assert [
         re.findall(r": train \((\w+)\): nothing was trained .*; about .* \(from probe\)", line) for line in lines
     ] == [[cell["run_key"]] for cell in answer["cells"]]
@@ -244,3 +250,24 @@ def test_a_prefect_server_named_in_the_environment_keeps_its_own_home(
     monkeypatch.delenv("PREFECT_HOME", raising=False)
     assert speck("models", "--json")[0] == 0
     assert "PREFECT_HOME" not in os.environ
+
+
+def test_an_empty_prefect_api_url_names_no_server(speck: Speck, settings: Settings) -> None:
+    os.environ["PREFECT_API_URL"] = ""
+    os.environ.pop("PREFECT_HOME", None)
+    code, _, err = speck("automations")
+    assert code == 1
+    assert err.startswith("NoServer: PREFECT_API_URL names no Prefect server")
+    assert "PREFECT_API_URL" not in os.environ
+    assert os.environ["PREFECT_HOME"] == str(settings.home / "prefect")
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("SPECK_HOME", "SPECK_RAY_JOBS_URL", "SPECK_STORAGE", "MLFLOW_TRACKING_URI")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    unset = Settings()
+    for name in names:
+        monkeypatch.setenv(name, "")
+    assert Settings() == unset
+    assert (unset.home.name, unset.ray_jobs_url) == (".speck", None)

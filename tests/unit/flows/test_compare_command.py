@@ -19,9 +19,11 @@ from flows.compare import compare_runs, group_images
 from flows.evaluate import find_result
 from flows.settings import Settings
 from training.checkpoint import write_json
-from training.records import RunResult, hash_files, write_result
+from training.ledger import UsageLog
+from training.records import RunResult, hash_files, record_attempt, write_result
 from training.scoring import read_ground_truth
 from training.spec import RunSpec, ScoringSpec
+from training.store import FolderStore
 
 Finish = Callable[..., str]
 
@@ -57,7 +59,7 @@ def finish(
 
 
 def speck(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["compare", *arguments], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["compare", "tiny-squares", *arguments], env={"COLUMNS": "160"})
 
 
 def test_a_run_that_finds_all_is_better_than_one_that_finds_some(
@@ -74,6 +76,13 @@ def test_a_run_that_finds_all_is_better_than_one_that_finds_some(
     assert float(row[0]) + float(row[1]) == pytest.approx(1, abs=1e-3)
     assert re.search(r"│ coco/AP_large +│ +- │ +- │ +│ +│ +│ no ground truth", answer.output)
     assert re.search(r"│ bright: coco/AP50 +│", answer.output)
+    assert answer.output.startswith("the runs that were named\n")
+    # Seeds differ, the rest does not; of attempts there is no record.
+    assert re.search(r"│ parameters │ seed +│ 0 +│ 1 +│", answer.output)
+    assert re.search(rf"│ data +│ version +│ {spec.dataset.version} +│ {spec.dataset.version} +│", answer.output)
+    assert re.search(r"│ +│ images of test +│ 8 +│ 8 +│", answer.output)
+    assert re.search(r"│ code +│ training code +│ c0de +│ c0de +│", answer.output)
+    assert re.search(r"│ cost +│ attempts +│ 1 +│ 1 +│", answer.output)
     notes = answer.output[answer.output.rindex("┘") + 1 :].strip().splitlines()
     assert notes[0] == "resampled: 8 images (the card tells of no sequences), 200 times, seed 0"
     assert notes[1] == "warning: of only 8 images, fewer than 20, these intervals say little"
@@ -84,10 +93,20 @@ def test_a_page_shows_where_they_differ(finish: Finish, tiny_spec: Callable[...,
     some, everything = finish(tiny_spec(seed=0), 0.3), finish(tiny_spec(seed=1), 1.0)
     folder = tmp_path / "new" / "out"
     printed = json.loads(speck(some, everything, "--samples", "20", "--json", "--out", str(folder)).stdout)
+    assert printed.pop("why") == "the runs that were named"
     assert json.loads((folder / "comparison.json").read_text()) == printed
     page = (folder / "comparison.html").read_text()
     assert some in page
     assert page.count("data:image/jpeg") > 2
+    assert '<tr><th scope="row">seed</th><td>0</td><td>1</td></tr>' in page
+    assert re.findall("<h2>(.*?)</h2>", page)[2:] == [
+        "Parameters",
+        "Data",
+        "Code",
+        "Cost",
+        "Objects",
+        "Where they differ",
+    ]
     assert "· test</code>" in page
     assert all(f'<p class="reading">{escape(note)}</p>' in page for note in printed["notes"])
     assert any(note.startswith("warning: of only 8 images") for note in printed["notes"])
@@ -106,6 +125,7 @@ def test_json_is_the_same_comparison(finish: Finish, tiny_spec: Callable[..., Ru
     )
     assert first == again
     assert first["runs"] == [everything, some]
+    assert first["differences"]["parameters"] == [{"name": "seed", "first": "1", "second": "0"}]
     assert (first["split"], first["num_groups"], first["resampled"], first["num_samples"]) == ("val", 8, "images", 50)
     ap = first["metrics"]["coco/AP"]
     assert (ap["verdict"], ap["first"], ap["share_better"]) == ("worse", 1.0, 0.0)
@@ -122,6 +142,7 @@ def test_runs_under_other_rules_are_refused_and_other_detection_options_are_told
     for other, message in (
         (spec.model_copy(update={"dataset": version, "seed": 1}), f"dataset version ({spec.dataset.version} and 000"),
         (tiny_spec(seed=2, scoring=ScoringSpec(max_dets=500)), "max_dets (100 and 500)"),
+        (with_card(tiny_spec(seed=4), protocol="voc"), "protocol (coco and voc)"),
     ):
         error = speck(base, finish(other, 1.0)).exception
         assert isinstance(error, NotComparable)
@@ -212,3 +233,42 @@ def test_options_that_only_one_of_the_two_has_are_told(
         answer = speck(*pair, "--samples", "5")
         assert answer.exit_code == 0, answer.exception
         assert f"which is part of the difference: {next(iter(change))} " in answer.output
+
+
+def test_without_runs_the_best_two_are_chosen_and_that_is_told(
+    finish: Finish, tiny_spec: Callable[..., RunSpec], tmp_path: Path
+) -> None:
+    keys = {finish(tiny_spec(seed=seed), share) for seed, share in ((0, 0.3), (1, 1.0))}
+    answer = speck("--samples", "5", "--out", str(tmp_path))
+    assert answer.exit_code == 0, answer.output
+    assert answer.output.startswith("the best two of tiny-squares by val; no champion is registered\n")
+    assert set(re.findall(r"run ([0-9a-f]{12})", answer.output)) == keys
+    assert f"in pictures: {tmp_path / 'comparison.html'}" in answer.output
+
+
+@pytest.mark.parametrize(
+    ("dataset", "num_runs", "words"),
+    [("tiny-squares", 1, "name two runs after their dataset"), ("other", 2, "is of tiny-squares, not of other")],
+)
+def test_a_dataset_and_two_of_its_runs_have_to_be_named(
+    finish: Finish, tiny_spec: Callable[..., RunSpec], dataset: str, num_runs: int, words: str
+) -> None:
+    keys = [finish(tiny_spec(seed=seed), 1.0) for seed in range(2)]
+    answer = CliRunner().invoke(app, ["compare", dataset, *keys[:num_runs]], env={"COLUMNS": "160"})
+    assert answer.exit_code == 2
+    assert words in answer.output
+
+
+def test_what_ran_where_and_at_what_cost_is_compared(
+    finish: Finish, settings: Settings, tiny_spec: Callable[..., RunSpec]
+) -> None:
+    keys = [finish(tiny_spec(seed=seed), 1.0) for seed in range(2)]
+    for key, dirty in zip(keys, ("True", "False"), strict=True):
+        told = {"mlflow.source.git.commit": "a" * 40, "speck.dirty": dirty}
+        spec = find_result(key, settings).spec
+        attempt = record_attempt(settings.storage / key, spec, data_source="", code_hash="c", provenance=told)
+        UsageLog(FolderStore(settings.storage / key), attempt, 2, print).close()
+    facts = json.loads(speck(*keys, "--samples", "5", "--json").stdout)["differences"]
+    commit = next(fact for fact in facts["code"] if fact["name"] == "commit")
+    assert (commit["first"], commit["second"]) == (f"{'a' * 12} with changes (attempts/001/dirty.diff)", "a" * 12)
+    assert {"CPU hours held", "of them useful", "starts of workers"} <= {fact["name"] for fact in facts["cost"]}

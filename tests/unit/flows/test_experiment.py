@@ -117,7 +117,7 @@ def test_a_file_anywhere_is_an_experiment_and_axes_replace_its_own(tmp_path: Pat
         ("training.epoch=3", r"training\.epoch: unknown key\. Did you mean 'epochs'\? Known: .*batch_size"),
         ("training.augment.flip_probabilty=0", r"flip_probabilty: unknown key\. Did you mean 'flip_probability'\?"),
         ("scoring.tiling={size: 64}", r"scoring\.tiling\.size: unknown key\. Did you mean 'size_px'\?"),
-        ("trainig.epochs=3", r"trainig: unknown key\. Did you mean 'training'\? Known: architectures, compute"),
+        ("trainig.epochs=3", r"trainig: unknown key\. Did you mean 'training'\? Known: architectures, budget, compute"),
         ("training.epochs=many", r"training\.epochs: .*integer.* got 'many'"),
         ("training.epochs=0", r"training\.epochs: .*greater than or equal to 1, got 0"),
         ("training.closing_epochs=99", r"closing_epochs must be at most epochs \(10\), got 99"),

@@ -205,6 +205,17 @@ def test_a_real_registry_is_asked(
     assert kinds(garbage) == {"dataset version in the store": [other], "dataset version in DVC's cache": [other]}
 
 
+def test_a_reproduction_goes_when_it_is_finished(settings: Settings, repo: Path, node: Path) -> None:
+    for name in ("dots-v1/runs/aaa/result.json", "dots-v2/runs/bbb/attempts/001.json"):
+        path = settings.home / "reproduced" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    garbage = find_garbage(settings, repo, node)
+    assert kinds(garbage) == {"finished reproduction": ["dots-v1"]}
+    free(garbage, settings, repo, node)
+    assert [path.name for path in (settings.home / "reproduced").iterdir()] == ["dots-v2"]
+
+
 def test_a_damaged_result_keeps_its_checkpoints(
     settings: Settings, repo: Path, node: Path, cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult]
 ) -> None:

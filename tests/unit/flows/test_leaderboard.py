@@ -60,7 +60,7 @@ def key(cell: Cell) -> str:
 
 def ledger(held_s: float, useful_s: float, accelerator: Literal["CPU", "GPU"] = "CPU", **account: Any) -> Ledger:
     total = Account(held_s, useful_s, **({"num_starts": 2, "price": None} | account))
-    return Ledger(accelerator, total, {1: total})
+    return Ledger(accelerator, total, {1: total}, [total])
 
 
 @pytest.fixture
@@ -168,12 +168,12 @@ def test_the_terminal_has_a_table_for_each_dataset(cells: list[Cell]) -> None:
 
 def test_what_was_spent_and_saved(cells: list[Cell], ledgers: dict[str, Ledger]) -> None:
     assert spent(make_rows(cells, set(), ledgers)) == (
-        "5 cells: 3 trained in 68 s; 1 reused, which saved 60 s; 1 failed after 36 s; "
+        "5 cells: 3 trained in 68 cell-seconds; 1 reused, which saved 60 s; 1 failed after 36 s; "
         "cost of all attempts (useful): 0.24 CPU-h (49%)"
     )
     never_ran = [(cells[3][0], CellFailed("no room"))]
     assert spent(make_rows(never_ran, set(), {})) == "1 cell: 1 failed"
-    assert spent(make_rows(cells[1:2], set(), {})) == "1 cell: 1 trained in 5 s (estimated 4 s)"
+    assert spent(make_rows(cells[1:2], set(), {})) == "1 cell: 1 trained in 5 cell-seconds (estimated 4 s)"
 
 
 def test_a_price_is_shown_where_all_is_paid_for(cells: list[Cell]) -> None:

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from chaos.processes import wait_until
 
 import flows.lease
-from flows.lease import LeaseLost, lease
+from flows.lease import Busy, LeaseLost, _place, dead_leases, lease
+from training.checkpoint import write_json
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
@@ -168,7 +170,7 @@ def test_many_that_wait_for_a_dead_holder_still_come_one_at_a_time(storage: Path
                 inside -= 1
 
     for _ in range(5):
-        gone = {"owner": "x", "host": platform.node(), "pid": 2**22 + 1, "process_started": 0.0}
+        gone = {"owner": "x", "host": platform.node(), "place": _place(), "pid": 2**22 + 1, "process_started": "0"}
         path_of(storage).write_text(json.dumps(gone))
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -176,3 +178,81 @@ def test_many_that_wait_for_a_dead_holder_still_come_one_at_a_time(storage: Path
         for thread in threads:
             thread.join()
     assert most == 1
+
+
+def test_who_has_no_patience_is_told_who_is_at_work(storage: Path, holder: Callable[[], subprocess.Popen[str]]) -> None:
+    process = holder()
+    with pytest.raises(Busy) as caught, lease(storage, "abc", print, never, patient=False):
+        pass
+    assert (caught.value.holder["pid"], caught.value.holder["host"]) == (process.pid, platform.node())
+    process.kill()
+    process.wait()
+    with lease(storage, "abc", print, never, patient=False, about={"flow_run": "mine"}) as held:
+        assert held.dead is not None
+        assert held.dead["pid"] == process.pid
+        assert json.loads(path_of(storage).read_bytes())["flow_run"] == "mine"
+    with lease(storage, "abc", print, never, patient=False) as held:
+        assert held.dead is None
+
+
+def test_a_living_process_of_a_container_with_this_machine_s_name_keeps_its_lease(storage: Path) -> None:
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this account may not make a process namespace")
+    holder = f"import flows.lease\nflows.lease.RENEW_EVERY_S = 0.2\n{HOLDER}"
+    command = [*unshare, sys.executable, "-c", holder, str(storage)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        content = json.loads(path_of(storage).read_bytes())
+        assert (content["host"], content["pid"]) == (platform.node(), 1)
+        assert dead_leases(storage) == []
+        with pytest.raises(Busy), lease(storage, "abc", print, never, patient=False):
+            pass
+        process.kill()
+
+
+def test_a_killed_holder_whose_parent_does_not_ask_for_its_end_is_dead(
+    storage: Path, holder: Callable[[], subprocess.Popen[str]]
+) -> None:
+    process = holder()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+    assert dead_leases(storage) == [path_of(storage)]
+    with lease(storage, "abc", print, never, patient=False) as held:
+        assert held.dead is not None
+    process.wait()
+
+
+def test_a_clock_that_is_set_kills_nobody(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, holder: Callable[[], subprocess.Popen[str]]
+) -> None:
+    process = holder()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    monkeypatch.setattr("psutil.Process.create_time", lambda _: 0.0)
+    assert dead_leases(storage) == []
+    process.kill()
+    process.wait()
+    assert dead_leases(storage) == [path_of(storage)]
+
+
+def test_a_holder_elsewhere_is_busy_once_it_renews(storage: Path) -> None:
+    path = path_of(storage)
+    path.parent.mkdir(parents=True)
+    elsewhere = {"owner": "x", "host": "elsewhere", "pid": 1, "process_started": 0.0}
+
+    def renew() -> None:
+        for renewals in range(200):
+            write_json(path, elsewhere | {"renewals": renewals})
+            time.sleep(0.05)
+
+    write_json(path, elsewhere | {"renewals": 0})
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    with pytest.raises(Busy), lease(storage, "abc", print, never, patient=False):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 import flows.plan
+from data.store import default_root
 from data.summary import DatasetSummary
 from evaluation.result import score_key
-from flows.plan import OUTSIDE_JOB_S, OVERHEAD_S, plan_cell, plan_cells
+from flows.plan import OUTSIDE_JOB_S, OVERHEAD_S, PROBES, plan_cell, plan_cells
 from flows.settings import Settings
 from training.checkpoint import save_checkpoint
+from training.probe import Probe
 from training.records import RESULT, JournalEntry, RunResult, hash_files, record_attempt, write_entry, write_result
 from training.scoring import score_options
 from training.spec import RunSpec
@@ -129,6 +132,28 @@ def test_other_runs_do_not_count(settings: Settings, spec: RunSpec, cell_spec: C
     checkpoint(settings.storage / other.run_key / "checkpoints" / "01", other, 1)
     assert plan_cell(other, settings).state == "resume"
     assert plan_cell(spec, settings).state == "train"
+
+
+def test_a_kind_of_cell_is_probed_once_a_day(
+    settings: Settings, spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = DatasetSummary("tiny-squares", "", {"train": 100, "val": 20, "test": 30}, None, None)
+    monkeypatch.setattr(flows.plan, "summarise", lambda *_: counts)
+    probed: list[int] = []
+
+    def measure(spec: RunSpec) -> Probe:
+        probed.append(spec.seed)
+        return Probe(1.0, 0.5, 1000)
+
+    monkeypatch.setattr(flows.plan, "probe", measure)
+    specs = [spec, spec.model_copy(update={"seed": 5})]
+    first = plan_cells(specs, settings)
+    assert plan_cells(specs, settings) == first
+    assert probed == [spec.seed]
+    (kept,) = (default_root() / PROBES).iterdir()
+    os.utime(kept, (0, 0))
+    plan_cells(specs, settings)
+    assert len(probed) == 2
 
 
 def test_the_estimate_comes_from_a_probe_and_then_from_a_finished_run_of_its_kind(

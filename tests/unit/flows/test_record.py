@@ -1,20 +1,34 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 import flows.record
-from flows.record import LEDGER_FILE, Recorder, flat_params, flat_scores, provenance
+from flows.record import ATTEMPTS_FILE, LEDGER_FILE, Recorder, flat_params, flat_scores
 from tracking.client import connect
 from training.ledger import UsageLog, read_ledger
-from training.records import Attempt, JournalEntry, RunResult, write_entry
+from training.machines import in_words, this_node
+from training.records import (
+    Attempt,
+    Ending,
+    JournalEntry,
+    RunResult,
+    record_attempt,
+    training_id,
+    write_ending,
+    write_entry,
+)
 from training.spec import RunSpec
 from training.store import FolderStore
+
+FAILED = Ending(status="FAILED", cause="no memory", ended_ms=9_000)
 
 
 def dead_server() -> str:
@@ -46,7 +60,7 @@ def test_a_store_that_is_not_there_costs_one_warning(
     recorder.begin(attempt, tmp_path)
     recorder.sync(tmp_path)
     recorder.finish(tmp_path, make_result(spec, 0.25, 0.5))
-    recorder.end(tmp_path, "FAILED")
+    recorder.end(tmp_path, FAILED)
     assert recorder.run_id is None
     assert len(warnings) == 1
     assert uri in warnings[0]
@@ -80,7 +94,7 @@ def test_what_the_attempts_held_is_in_their_run_whether_they_succeeded_or_not(
 ) -> None:
     spec, database = cell_spec(), f"sqlite:///{tmp_path / 'mlflow.db'}"
     spec = spec.model_copy(update={"compute": spec.compute.model_copy(update={"price_per_hour": 3600.0})})
-    attempt = Attempt(run_key=spec.run_key, number=1, spec=spec, data_source="", code_hash="c", submitted_ms=1)
+    attempt = record_attempt(tmp_path / "run", spec, data_source="", code_hash="c")
     (tmp_path / "run" / "artifacts").mkdir(parents=True)
     UsageLog(FolderStore(tmp_path / "run"), attempt, 2, print).close()
     recorder = Recorder(database, None, print)
@@ -88,7 +102,7 @@ def test_what_the_attempts_held_is_in_their_run_whether_they_succeeded_or_not(
     if is_finished:
         recorder.finish(tmp_path / "run", make_result(spec, 0.25, 0.5))
     else:
-        recorder.end(tmp_path / "run", "FAILED")
+        recorder.end(tmp_path / "run", FAILED)
     assert recorder.run_id is not None
     client, ledger = connect(database), read_ledger(tmp_path / "run")
     assert ledger is not None
@@ -145,29 +159,96 @@ def test_scores_name_split_protocol_and_class_and_leave_out_what_had_no_ground_t
     }
 
 
-def test_the_commit_is_kept_and_whether_the_tree_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows.record, "REPO", tmp_path)
-    found = provenance()
-    assert (found["mlflow.source.git.commit"], found["speck.dirty"]) == ("unknown", "unknown")
-    for name in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{name}_NAME", "somebody")
-        monkeypatch.setenv(f"GIT_{name}_EMAIL", "somebody@example.org")
-    (tmp_path / "file").write_text("1")
-    for arguments in ("init --quiet", "add file", "commit --quiet --message first"):
-        assert os.spawnvp(os.P_WAIT, "git", ["git", "-C", str(tmp_path), *arguments.split()]) == 0
-    clean = provenance()
-    assert len(clean["mlflow.source.git.commit"]) == 40
-    assert clean["speck.dirty"] == "False"
-    (tmp_path / "file").write_text("2")
-    assert provenance() == clean | {"speck.dirty": "True"}
+def report(step: int) -> JournalEntry:
+    return JournalEntry(
+        run_key="a" * 12, attempt=1, step=step, epoch=step, timestamp_ms=1_000 + step, seconds=1, code_hash="c",
+        metrics={"train/loss": 1 / step, "system/node_1/cpu_percent": 50.0},
+    )  # fmt: skip
 
 
-def test_a_machine_without_git_or_user_name_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container often has neither: no git, and a user id without an entry in the list of users."""
-    monkeypatch.setenv("PATH", "")
-    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_123)
-    found = provenance()
-    assert found["mlflow.source.git.commit"] == "unknown"
-    assert found["mlflow.user"] == "4000000123"
+def test_every_attempt_is_told_with_what_it_resumed_from_and_how_it_ended(
+    tmp_path: Path, cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult], environment: None
+) -> None:
+    spec, folder, database = cell_spec(), tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (folder / "artifacts").mkdir(parents=True)
+    recorder = Recorder(database, None, pytest.fail)
+    for number, step in ((1, 0), (2, 6)):
+        attempt = record_attempt(folder, spec, data_source="s3://data/secret-place", code_hash="c")
+        recorder.begin(attempt, folder)
+        usage = UsageLog(FolderStore(folder), attempt, 2, print)
+        usage.runs_on([this_node()])
+        usage.resumed(step, 0.0)
+        usage.close()
+        for name, text in (("environment.txt", "torch==2"), ("dirty.diff", "+1"), ("dvc.lock", "stages: {}")):
+            FolderStore(folder).write(f"attempts/{number:03d}/{name}", text.encode())
+        if number == 1:
+            write_ending(folder, 1, FAILED)
+            recorder.end(folder, FAILED)
+            client, run_id = connect(database), str(recorder.run_id)
+            run = client.get_run(run_id)
+            assert (run.info.status, run.info.end_time) == ("FAILED", 9_000)
+            assert run.data.tags["speck.ending"] == "failed: no memory"
+            assert "speck.resumed_from" not in run.data.tags
+    recorder.finish(folder, make_result(spec, 0.25, 0.5, attempts=2))
+    assert recorder.run_id == run_id
+    tags = client.get_run(run_id).data.tags
+    assert (tags["speck.attempts"], tags["speck.ending"]) == ("2", "finished")
+    assert tags["speck.resumed_from"] == "step 6 in attempt 2"
+    assert tags["speck.machines"] == in_words([this_node()])
+    files = Path(client.download_artifacts(run_id, "", str(tmp_path)))
+    attempts = json.loads((files / ATTEMPTS_FILE).read_text())
+    assert [one["ending"] for one in attempts] == ["failed: no memory", "finished"]
+    assert [one["starts"][0]["resumed_step"] for one in attempts] == [0, 6]
+    assert attempts[1]["starts"][0]["nodes"] == [this_node().model_dump(mode="json")]
+    for number in (1, 2):
+        assert (files / f"attempts/{number:03d}/environment.txt").read_text() == "torch==2"
+        assert (files / f"attempts/{number:03d}/dirty.diff").read_text() == "+1"
+    assert "secret-place" not in (files / ATTEMPTS_FILE).read_text()
+
+
+def test_a_store_that_is_away_in_the_middle_gets_the_epochs_of_that_time_when_it_is_back(
+    tmp_path: Path, cell_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch, environment: None
+) -> None:
+    monkeypatch.setattr(flows.record, "RETRY_EVERY_S", 0.0)
+    database, spec, warnings = tmp_path / "mlflow.db", cell_spec(), list[str]()
+    recorder = Recorder(f"sqlite:///{database}", None, warnings.append)
+    recorder.begin(record_attempt(tmp_path / "run", spec, data_source="", code_hash="c"), tmp_path / "run")
+    for step, is_away in ((1, False), (2, True), (3, True), (4, False)):
+        if is_away:
+            monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+        write_entry(tmp_path / "run", report(step))
+        recorder.sync(tmp_path / "run")
+        monkeypatch.undo()
+        monkeypatch.setattr(flows.record, "RETRY_EVERY_S", 0.0)
+    assert len(warnings) == 1
+    assert "database is locked" in warnings[0]
+    history = connect(f"sqlite:///{database}").get_metric_history(str(recorder.run_id), "system/node_1/cpu_percent")
+    assert [(metric.step, metric.timestamp) for metric in history] == [(step, 1_000 + step) for step in range(1, 5)]
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)
+
+
+def test_a_run_that_another_process_put_away_as_a_duplicate_is_left_for_the_one_that_counts(
+    tmp_path: Path, cell_spec: Callable[..., RunSpec], make_result: Callable[..., RunResult], environment: None
+) -> None:
+    spec, folder, database = cell_spec(), tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (folder / "artifacts").mkdir(parents=True)
+    attempt = record_attempt(folder, spec, data_source="", code_hash="c")
+    assert training_id(folder) == "run"
+    recorder, other = Recorder(database, None, pytest.fail), Recorder(database, None, pytest.fail)
+    recorder.begin(attempt, folder)
+    write_entry(folder, report(1))
+    recorder.sync(folder)
+    client = connect(database)
+    experiment_id = client.get_run(str(recorder.run_id)).info.experiment_id
+    winner = client.create_run(experiment_id, start_time=1, tags={"speck.training": "run"}).info.run_id
+    other.begin(attempt, folder)
+    assert other.run_id == winner != recorder.run_id
+    write_entry(folder, report(2))
+    recorder.sync(folder)
+    recorder.finish(folder, make_result(spec, 0.25, 0.5))
+    assert recorder.run_id == winner
+    assert [run.info.run_id for run in client.search_runs([experiment_id])] == [winner]
+    assert [metric.step for metric in client.get_metric_history(winner, "train/loss")] == [1, 2]

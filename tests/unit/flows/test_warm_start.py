@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import decided
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,10 @@ import models
 from flows.experiment import Experiment
 from flows.settings import Settings
 from flows.warm_start import NoSuchWeights, _resolver, specs_of
+from tracking.authority import open_authority
 from tracking.client import connect
-from tracking.registry import ARCHITECTURE, promote, register
+from tracking.packaging import DigestMismatch
+from tracking.registry import ARCHITECTURE, register
 from tracking.runs import DatasetRef, ensure_run
 from training.records import RunResult, record_attempt, write_result
 from training.spec import ArchitectureSpec, RunSpec
@@ -85,15 +88,13 @@ def crown(settings: Settings, spec: RunSpec, value: float, folder: Path) -> str:
         client, experiment=spec.dataset.name, run_key=spec.run_key, training_id=spec.run_key, name="x", params={},
         tags={}, dataset=dataset, start_time_ms=1,
     )  # fmt: skip
-    name = weights(folder / "weights.safetensors", value)
-    (folder / "spec.json").write_text(spec.model_dump_json())
-    for file in ("spec.json", "weights.safetensors"):
-        client.log_artifact(run_id, str(folder / file))
+    name = weights(folder / "artifacts" / "weights.safetensors", value)
+    (folder / "artifacts" / "spec.json").write_text(spec.model_dump_json())
     version = register(
         client, model_name=spec.dataset.name, run_id=run_id, run_key=spec.run_key, model_folder=folder,
         tags={ARCHITECTURE: spec.architecture.name}, scores={},
     )  # fmt: skip
-    promote(client, spec.dataset.name, version)
+    decided.crown(client, open_authority(None, settings.home), spec.dataset.name, version, spec.run_key)
     return name
 
 
@@ -118,6 +119,18 @@ def test_the_champion_is_followed_without_training_for_ever(
     second = crown(settings, grown[1].with_warm_start(first), 2.0, tmp_path / "second")
     assert second != first
     assert [resolve(cell) for cell in grown] == [first] * 3
+
+
+def test_a_champion_whose_files_were_changed_starts_nothing(
+    settings: Settings, tmp_path: Path, cell_spec: Callable[..., RunSpec]
+) -> None:
+    settings.home.mkdir()
+    crown(settings, cell_spec(), 1.0, tmp_path / "first")
+    (stored,) = (settings.home / "mlartifacts").rglob("weights.safetensors")
+    weights(stored, 2.0)
+    grown = cell_spec().model_copy(update={"dataset": cell_spec().dataset.model_copy(update={"version": "f" * 32})})
+    with pytest.raises(DigestMismatch, match="changed after registration"):
+        _resolver("champion", settings)(grown)
 
 
 def test_a_cell_keeps_what_it_started_from_when_another_architecture_takes_the_title(

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from infra.servers import ServerFailed, read_credentials
+import infra.servers
+from infra.servers import HOST, ServerFailed, ask_prefect, read_credentials
 
 CALL = """
 import os, sys
@@ -56,3 +62,56 @@ def test_a_damaged_file_is_named_with_its_remedy(tmp_path: Path, text: str) -> N
     (tmp_path / "credentials.json").write_text(text)
     with pytest.raises(ServerFailed, match=r"credentials\.json' does not hold .* delete it"):
         read_credentials(tmp_path)
+
+
+@contextmanager
+def answering(*answers: int | None) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that gives these answers in turn, the last one for ever, and None by silence; and what it was asked."""
+    bodies: list[bytes] = []
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = answers[min(len(bodies), len(answers)) - 1]
+            if answer is None:
+                over.wait(30)
+                return
+            self.send_response(answer)
+            self.end_headers()
+            self.wfile.write(b'["it"]')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer((HOST, 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://{HOST}:{server.server_port}/api", bodies
+        finally:
+            over.set()
+            server.shutdown()
+
+
+def test_prefect_is_asked_again_while_its_database_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infra.servers, "ANSWER_S", 0.5)
+    with answering(503, None, 200) as (url, bodies):
+        assert ask_prefect(url, "Basic x", "/flow_runs/filter", {"limit": 1}) == ["it"]
+    # More where this machine took longer than that for an answer.
+    assert len(bodies) >= 3
+    assert set(bodies) == {b'{"limit": 1}'}
+
+
+def test_prefect_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infra.servers, "ANSWER_S", 0.5)
+    with answering(None) as (url, _), pytest.raises(TimeoutError):
+        ask_prefect(url, "Basic x", "flow_runs/filter", {}, patience_s=0.1)
+    monkeypatch.undo()
+    with answering(503) as (url, _), pytest.raises(urllib.error.HTTPError):
+        ask_prefect(url, "Basic x", "flow_runs/filter", {}, patience_s=0.1)
+
+
+def test_what_prefect_refuses_is_not_asked_again() -> None:
+    with answering(409, 200) as (url, bodies), pytest.raises(urllib.error.HTTPError):
+        ask_prefect(url, "Basic x", "flow_runs/filter", {})
+    assert len(bodies) == 1

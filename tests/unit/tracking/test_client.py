@@ -4,10 +4,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
-from tracking.client import TrackingUnavailable, artifact_root, connect, redacted
+from tracking.client import TrackingUnavailable, artifact_root, connect, redacted, speaks_to_store
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,8 @@ from tracking.client import TrackingUnavailable, artifact_root, connect, redacte
         ("to s3://key:se@cret@bucket/a and https://t0ken@host", "to s3://***@bucket/a and https://***@host"),
         ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
         ("mail me@host", "mail me@host"),
+        ("PUT http://s3/a?X-Amz-Signature=0af&X-Amz-Date=1", "PUT http://s3/a?X-Amz-Signature=***&X-Amz-Date=1"),
+        ("'http://s3/a?x-amz-security-token=0af'", "'http://s3/a?x-amz-security-token=***'"),
     ],
 )
 def test_credentials_in_urls_are_redacted_and_nothing_else(text: str, expected: str) -> None:
@@ -35,7 +40,7 @@ def test_a_refused_connection_is_reported_without_the_password(monkeypatch: pyte
         with pytest.raises(TrackingUnavailable) as caught:
             connect(f"http://user:secret@127.0.0.1:{unused.getsockname()[1]}")
     assert "secret" not in str(caught.value)
-    assert "next run sends it" in str(caught.value)
+    assert "`speck sync` sends it" in str(caught.value)
     assert caught.value.__cause__ is None
 
 
@@ -57,3 +62,20 @@ def test_an_unusable_sqlite_store_is_reported_at_once(tmp_path: Path, broken: st
 def test_importing_the_package_does_not_import_mlflow() -> None:
     code = "import sys, tracking.runs, tracking.registry, tracking.promotion; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_s3_that_the_server_sent_us_to_and_that_fails_is_no_traceback() -> None:
+    @speaks_to_store
+    def read(client: Any) -> None:
+        raise EndpointConnectionError(endpoint_url="http://ada:secret@127.0.0.1:9/bucket")
+
+    @speaks_to_store
+    def fail(client: Any) -> None:
+        raise KeyError("ours")
+
+    client = SimpleNamespace(tracking_uri="http://127.0.0.1:5000")
+    with pytest.raises(TrackingUnavailable, match=r"must be reachable and writable.*Could not connect") as told:
+        read(client)  # type: ignore[arg-type]
+    assert "secret" not in str(told.value)
+    with pytest.raises(KeyError, match="ours"):
+        fail(client)  # type: ignore[arg-type]

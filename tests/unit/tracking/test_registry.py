@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tracking.registry import ARCHITECTURE, all_versions, champion, history, promote, record_verdict, register
+from tracking.model_card import MAX_DESCRIPTION, as_description
+from tracking.registry import ARCHITECTURE, all_versions, history, record_verdict, register, show_verdict
 from tracking.runs import DatasetRef, ensure_run
 
 DATASET = DatasetRef("dots", "0" * 32 + ".dir", "/srv/dots", {"test": 3})
@@ -29,7 +30,6 @@ def registered(client: Any, model_name: str, run_key: str, folder: Path, score: 
 
 
 def test_nothing_registered_is_no_champion_and_no_history(client: Any) -> None:
-    assert champion(client, "unheard-of") is None
     assert history(client, "unheard-of") == []
 
 
@@ -44,19 +44,26 @@ def test_a_run_key_is_registered_once_even_when_packaged_again(client: Any, file
     assert oldest.digest != newest.digest
 
 
-def test_promotion_moves_both_aliases_and_repeating_it_changes_nothing(client: Any, files: Path) -> None:
-    versions = [registered(client, "promoted", key, files) for key in ("aaa", "bbb")]
-    assert champion(client, "promoted") is None
-    promote(client, "promoted", versions[0])
-    for _ in range(2):
-        promote(client, "promoted", versions[1])
-    holder = champion(client, "promoted")
-    assert holder is not None
-    assert holder.run_key == "bbb"
-    assert {version.run_key: version.aliases for version in history(client, "promoted")} == {
-        "bbb": ("champion",),
-        "aaa": ("previous",),
-    }
+def test_a_verdict_stands_above_the_card_and_a_later_one_takes_its_place(client: Any, files: Path) -> None:
+    version = registered(client, "told", "aaa", files)
+    digest = history(client, "told")[0].digest
+
+    def shown(verdict: str) -> str:
+        show_verdict(client, "told", version, verdict)
+        return str(client.get_model_version("told", str(version)).description)
+
+    client.update_model_version("told", str(version), as_description("# Card\n\ntext\n", digest))
+    below = f"\n\n---\n\n# Card\n\ntext\n\nDigest of the model's files: `{digest}`\n"
+    assert [shown(verdict) for verdict in ("rejected", "promoted")] == [f"rejected{below}", f"promoted{below}"]
+    long = shown("promoted\n\n" + "| AP of a class | 0.1 | 0.2 | 0.3 | pass |\n" * 200)
+    assert len(long) <= MAX_DESCRIPTION
+    assert long.endswith(below)
+    assert "| pass |\n\n... (`speck history` has all)" in long
+    client.update_model_version("told", str(version), as_description("# Card\n\n" + "line\n" * 2000, digest))
+    long = shown("| promoted |\n" * 300)
+    assert len(long) <= MAX_DESCRIPTION
+    assert long.endswith(f"model_card.md among the model's files.\n\nDigest of the model's files: `{digest}`\n")
+    assert shown("rejected").startswith("rejected\n\n---\n\n# Card\n\nline\nline")
 
 
 def test_all_versions_are_those_of_every_model(client: Any, files: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import math
 import subprocess
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from mlflow import MlflowClient
 
 from tracking import runs
 from tracking.names import metric_name
-from tracking.runs import DatasetRef, JournalEntry, ensure_parent, ensure_run, finish, replay, upload
+from tracking.runs import DatasetRef, JournalEntry, end_abandoned, ensure_parent, ensure_run, finish, replay, upload
 
 DATASET = DatasetRef("dots", "0123456789abcdef0123456789abcdef.dir", "/srv/dots", {"train": 7, "val": 2, "test": 3})
 
@@ -68,9 +69,11 @@ def test_a_run_created_twice_by_a_lost_answer_is_one_run_afterwards(client: Any)
     experiment_id = client.get_run(run_id).info.experiment_id
     twin = client.create_run(experiment_id, start_time=2_000, tags={"speck.training": "twice"}).info.run_id
     assert [start(client, "twice") for _ in range(2)] == [run_id, run_id]
-    tags = client.get_run(twin).data.tags
-    assert "speck.training" not in tags
-    assert tags["speck.duplicate_of"] == run_id
+    put_away = client.get_run(twin)
+    assert put_away.info.lifecycle_stage == "deleted"
+    assert put_away.data.tags["speck.duplicate_of"] == run_id
+    client.delete_run(run_id)
+    assert start(client, "twice") == run_id, "it is this one that comes back, not its duplicate"
 
 
 def test_cells_that_begin_together_share_the_dataset(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +105,7 @@ def test_another_training_of_a_run_key_has_a_run_of_its_own_and_the_earlier_one_
 
 def test_a_cell_has_its_latest_parent_and_every_parent_lists_it(client: Any) -> None:
     parents = [
-        ensure_parent(client, train_all_id=key, name=key, start_time_ms=1_000)
+        ensure_parent(client, train_all_id=key, name=key, start_time_ms=1_000, process={})
         for key in ("monday", "tuesday", "monday")
     ]
     assert parents[0] == parents[2] != parents[1]
@@ -111,6 +114,21 @@ def test_a_cell_has_its_latest_parent_and_every_parent_lists_it(client: Any) -> 
     assert client.get_run(run_id).data.tags["mlflow.parentRunId"] == parents[1]
     for parent in parents:
         assert client.get_run(parent).data.tags["speck.cell.shared"] == run_id
+
+
+def test_a_train_all_whose_process_is_gone_does_not_run_for_ever(client: Any) -> None:
+    def gone(process: Mapping[str, Any]) -> bool:
+        return process.get("pid") in {1, 2}
+
+    assert end_abandoned(client, gone) == []
+    parents = [
+        ensure_parent(client, train_all_id=str(pid), name=f"run {pid}", start_time_ms=1_000, process={"pid": pid})
+        for pid in (1, 2, 3)
+    ]
+    client.set_terminated(parents[1], "FINISHED")
+    assert end_abandoned(client, gone) == ["run 1"]
+    assert end_abandoned(client, gone) == []
+    assert [client.get_run(parent).info.status for parent in parents] == ["KILLED", "FINISHED", "RUNNING"]
 
 
 def test_a_cached_cell_keeps_the_tags_of_the_code_that_trained_it(client: Any) -> None:
@@ -235,6 +253,17 @@ def test_finishing_later_adds_changed_scores_only(client: Any) -> None:
         finish(client, run_id, "FINISHED", scores=scores, artifacts_dir=None, end_time_ms=end_time_ms)
     assert client.get_run(run_id).data.metrics == {"test/coco/AP": 0.5, "test/coco/AR": 0.75}
     assert len(client.get_metric_history(run_id, "test/coco/AR")) == 1
+
+
+def test_a_run_that_was_scored_again_shows_the_new_score_also_where_it_is_lower(client: Any) -> None:
+    """It finished when it finished: the time is the same."""
+    run_id = start(client, "scored-lower")
+    counts = [
+        finish(client, run_id, "FINISHED", scores={"coco/AP": ap}, artifacts_dir=None, end_time_ms=5_000).num_metrics
+        for ap in (0.5, 0.25, 0.25)
+    ]
+    assert counts == [1, 1, 0]
+    assert client.get_run(run_id).data.metrics == {"coco/AP": 0.25}
 
 
 def test_other_bytes_of_the_same_size_are_uploaded_again(client: Any, files: Path) -> None:

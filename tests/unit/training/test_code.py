@@ -60,7 +60,7 @@ def test_comments_docstrings_and_layout_change_nothing(repo: Path, before: dict[
         path.write_text('"""Another docstring."""\n' + path.read_text().split('"""', 2)[2] + "\n# a remark\n\n\n")
     edit(repo / "models/yolox.py", "STRIDES = (8, 16, 32)", "STRIDES = (\n    8,\n    16,  # middle\n    32,\n)")
     edit(
-        repo / "training/loop.py",
+        repo / "training/errors.py",
         '    """The loss was not finite for too many steps in a row, or weights are not."""',
         '    """Else."""',
     )

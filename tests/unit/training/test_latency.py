@@ -12,7 +12,7 @@ import torch
 import training.latency
 from data.tiling import TileGrid
 from evaluation.result import ScoreOptions
-from training.latency import Latency, NothingToTime, measure_latency
+from training.latency import Latency, NothingToTime, interleaved_p95_ms, measure_latency
 from training.scoring import split_inputs
 from training.spec import RunSpec, ScoringSpec
 from training.state import build_model
@@ -90,3 +90,23 @@ def test_nothing_to_time_is_an_error(tiny: Any, tiny_spec: MakeSpec) -> None:
     spec = tiny_spec()
     with pytest.raises(NothingToTime, match="no image to time"):
         measure_latency(spec, build_model(spec), [], CPU)  # type: ignore[arg-type]
+
+
+def test_two_models_take_turns_and_an_image_of_tiles_takes_as_long_as_all_of_them(
+    tiny: Any, tiny_spec: MakeSpec, tick_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, tiled = tiny_spec(), tiny_spec(scoring=ScoringSpec(tiling=TileGrid(size_px=32, overlap_px=0)))
+    order: list[int] = []
+
+    def look(detector: Any, *_: Any, **__: Any) -> None:
+        order.append(models.index(detector))
+
+    models = [build_model(whole), build_model(tiled)]
+    monkeypatch.setattr(training.latency, "detect_batch", look)
+    sides = [
+        (spec, model, split_inputs(spec, tiny.folder, "test"))
+        for spec, model in zip((whole, tiled), models, strict=True)
+    ]
+    assert interleaved_p95_ms(sides, CPU) == [pytest.approx(1), pytest.approx(4)]
+    warm_up = 2 * training.latency.WARM_UP_INPUTS
+    assert order[warm_up:] == [0, 1] * 8

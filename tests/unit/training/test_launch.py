@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from ray import cloudpickle
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -15,8 +18,8 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import ErroredState, RunningState, ShuttingDownState
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
+from training.errors import Diverged
 from training.launch import Overseer
-from training.loop import Diverged
 from training.retry import classify
 
 PEER_CLOSED = UserExceptionWithTraceback(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed"), "...")
@@ -74,3 +77,9 @@ def test_the_driver_is_told_what_kept_workers_from_starting(cause: Exception | N
     failed = ControllerError(startup)
     Overseer().after_controller_state_update(RunningState(), ShuttingDownState(next_state=ErroredState(failed)))
     assert classify(cloudpickle.loads(cloudpickle.dumps(failed))).kind == kind
+
+
+def test_a_driver_starts_without_torch() -> None:
+    """And so does the controller of its workers, which imports the same: torch takes longer to import than all else."""
+    told = "import sys, training.job; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

@@ -111,7 +111,7 @@ def test_plain_values_name_what_follows_from_the_others() -> None:
     plain: dict[str, Any] = {
         "held_s": 8.0, "useful_s": 2.0, "wasted_s": 6.0, "useful_share": 0.25, "num_starts": 1, "price": None,
     }  # fmt: skip
-    assert Ledger("GPU", account, {3: account}).as_json() == {
+    assert Ledger("GPU", account, {3: account}, [account]).as_json() == {
         "accelerator": "GPU", "total": plain, "attempts": {"3": plain},
     }  # fmt: skip
     assert Account(0.0, 0.0, 1, None).useful_share == 0

@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 
 from data.augment import AugmentConfig
 from data.batch import Batch, collate
-from data.decode import UndecodableImage
-from data.loader import DetectionDataset, TooManyUnreadable
+from data.decode import TooManyUnreadable, UndecodableImage
+from data.loader import DetectionDataset
 from models.interface import Losses
 from training.checkpoint import verify_checkpoint
+from training.errors import Diverged
 from training.feeding import to_device
-from training.loop import MAX_NON_FINITE_STEPS, Diverged, Hooks, count_unreadable, train, train_one_epoch
+from training.loop import MAX_NON_FINITE_STEPS, Hooks, count_unreadable, train, train_one_epoch
 from training.meter import Progress
 from training.spec import ComputeSpec, RunSpec
 from training.state import TrainingState, build_state
@@ -254,14 +255,18 @@ def test_a_run_that_diverges_says_so_and_keeps_finite_weights(
     spec, state, loader = small
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"learning_rate": 1e10})})
 
+    settled: list[int] = []
+    hooks = replace(Reports().hooks(), settle=lambda: settled.append(state.step))
+
     def one_epoch() -> None:
-        train_one_epoch(spec, state, state.model, loader, ALONE, Reports().hooks(), closing=False)
+        train_one_epoch(spec, state, state.model, loader, ALONE, hooks, closing=False)
 
     for _ in range(MAX_NON_FINITE_STEPS // len(loader)):
         one_epoch()
     with pytest.raises(Diverged, match=r"lower training\.learning_rate"):
         one_epoch()
     assert state.step == MAX_NON_FINITE_STEPS + 1
+    assert settled == [state.step]
     for name, parameter in state.model.named_parameters():
         assert torch.isfinite(parameter).all(), name
     for name, value in state.average.state_dict().items():
@@ -274,7 +279,7 @@ def test_what_a_divergence_leaves_behind_is_not_kept(
 ) -> None:
     """A NaN in the weights after a step with a finite loss; an epoch of less than 20 steps, all of them skipped."""
     spec = tiny_spec(epochs=2, closing_epochs=0, augment=PLAIN)
-    reports = Reports()
+    reports, settled = Reports(), list[int]()
     build = build_state
 
     def poisoned(*arguments: Any) -> TrainingState:
@@ -293,5 +298,6 @@ def test_what_a_divergence_leaves_behind_is_not_kept(
 
     monkeypatch.setattr("training.loop.build_state", poisoned)
     with pytest.raises(Diverged, match=r"not finite in epoch 1; lower training\.learning_rate"):
-        train(spec, tiny.folder, ALONE, reports.hooks())
+        train(spec, tiny.folder, ALONE, replace(reports.hooks(), settle=lambda: settled.append(1)))
     assert reports.metrics == []
+    assert settled == [1]

@@ -108,6 +108,7 @@ def test_the_average_follows_a_loop_over_weights_and_buffers() -> None:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_steps_on_channels_last_weights_are_those_of_the_plain_optimiser(kind: str) -> None:
     """A fused optimiser walks through memory, whatever order the weights and gradients lie in."""
+    torch.manual_seed(0)
     training = TrainingSpec(optimizer=kind, learning_rate=0.1, weight_decay=0.01)
     nets = [nn.Conv2d(3, 5, 3) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -122,7 +123,8 @@ def test_steps_on_channels_last_weights_are_those_of_the_plain_optimiser(kind: s
     for _ in range(3):
         for net, optimizer in zip(nets, (fused, plain), strict=True):
             optimizer.zero_grad()
-            net(pictures).square().sum().backward()
+            # The mean: a sum makes steps so large that the weights run away, and rounding with them.
+            net(pictures).square().mean().backward()
             optimizer.step()
     assert fused.defaults["fused"]
     torch.testing.assert_close(nets[0].weight, nets[1].weight)

@@ -12,6 +12,7 @@ from training.checkpoint import save_checkpoint
 from training.records import (
     RESULT,
     CorruptResult,
+    Ending,
     JournalEntry,
     RunResult,
     complete_journal,
@@ -19,10 +20,14 @@ from training.records import (
     hash_files,
     journal_entry,
     read_attempt,
+    read_ending,
     read_journal,
     read_result,
     record_attempt,
     split_finite,
+    supersede,
+    training_id,
+    write_ending,
     write_entry,
     write_result,
 )
@@ -195,3 +200,25 @@ def test_hashes_are_those_of_the_bytes(finished: RunResult) -> None:
         "artifacts/plots/curve.png": "80c1018a4c8f1d7fe7502bb5936f986b4cbe43cfe7e4dca7967aefb370518007",
         "artifacts/weights.safetensors": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
     }
+
+
+def test_how_an_attempt_ended_lies_beside_its_record_and_is_none_itself(
+    tmp_path: Path, tiny_spec: Callable[..., RunSpec]
+) -> None:
+    folder, ending = tmp_path / "runs" / ("a" * 12), Ending(status="FAILED", cause="out of memory", ended_ms=5)
+    for number in (1, 2):
+        record_attempt(folder, tiny_spec(), data_source="", code_hash="c")
+        assert write_ending(folder, number, ending) == f"attempts/00{number}/ending.json"
+    assert read_ending(folder, 1) == read_ending(folder, 2) == ending
+    assert read_ending(folder, 3) is None
+    (folder / "attempts/001/ending.json").write_text("{")
+    assert read_ending(folder, 1) is None
+    assert record_attempt(folder, tiny_spec(), data_source="", code_hash="c").number == 3
+
+
+def test_a_training_keeps_its_name_when_it_is_put_aside(tmp_path: Path, tiny_spec: Callable[..., RunSpec]) -> None:
+    folder = tmp_path / "runs" / ("a" * 12)
+    for name in ("a" * 12, f"{'a' * 12}.2"):
+        record_attempt(folder, tiny_spec(), data_source="", code_hash="c")
+        assert training_id(folder) == name
+        assert training_id(supersede(folder)) == name

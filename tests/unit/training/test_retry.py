@@ -29,12 +29,10 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from data.decode import UndecodableImage
-from data.loader import TooManyUnreadable
+from data.decode import TooManyUnreadable, UndecodableImage
 from data.objects import CorruptObject, MissingObject, SourceUnavailable, UnsupportedSource
 from data.store import DiskFull
-from training.loop import Diverged
-from training.requests import Preempted
+from training.errors import Diverged, MiscountedImages, Preempted
 from training.retry import (
     LONG_S,
     MAX_HALVINGS,
@@ -47,7 +45,6 @@ from training.retry import (
     classify,
     decide,
 )
-from training.scoring import MiscountedImages
 from training.spec import ComputeSpec, RunSpec
 from training.state import BadFreeze, UnfitWeights
 from training.store import StorageFull, StorageUnavailable

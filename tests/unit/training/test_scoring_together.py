@@ -17,7 +17,8 @@ import torch
 
 import training.scoring
 from data.tiling import TileGrid
-from training.scoring import MiscountedImages, detect_split, require_each_once, split_inputs
+from training.errors import MiscountedImages
+from training.scoring import detect_split, require_each_once, split_inputs
 from training.spec import RunSpec, ScoringSpec
 from training.state import build_model
 from training.workers import Workers

@@ -20,6 +20,7 @@ from training.spec import (
     ScoringSpec,
     TrainingSpec,
     canonical_json,
+    cpu_is_faster_in_bf16,
     resolve_precision,
 )
 
@@ -172,12 +173,21 @@ def test_a_run_has_no_identity_before_its_precision_is_resolved(tiny_spec: MakeS
         tiny_spec(precision="auto")
 
 
-def test_precision_auto_means_bf16_where_the_hardware_multiplies_it() -> None:
+@pytest.mark.parametrize(
+    ("vendor", "flags", "faster"),
+    [("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True), ("GenuineIntel", "avx512f avx512_bf16", False),
+     ("AuthenticAMD", "avx512f avx512_bf16", True), ("AuthenticAMD", "avx2", False)],
+)  # fmt: skip
+def test_a_processor_takes_bf16_where_that_is_faster(tmp_path: Path, vendor: str, flags: str, faster: bool) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} sse\n")
+    assert cpu_is_faster_in_bf16(cpuinfo) is faster
+
+
+def test_precision_auto_is_bf16_on_gpus_and_where_the_processor_is_faster(tmp_path: Path) -> None:
     assert resolve_precision("auto", gpus_per_worker=1) == "bf16"
-    cpuinfo = Path("/proc/cpuinfo")
-    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    native = bool(words & {"avx512_bf16", "amx_bf16"})
-    assert resolve_precision("auto", gpus_per_worker=0) == ("bf16" if native else "fp32")
+    assert resolve_precision("auto", gpus_per_worker=0) == ("bf16" if cpu_is_faster_in_bf16() else "fp32")
+    assert not cpu_is_faster_in_bf16(tmp_path / "no Linux")
 
 
 @pytest.mark.parametrize("gpus", [0.0, 1.0])

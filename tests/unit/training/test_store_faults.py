@@ -228,7 +228,7 @@ def _kill_uploads(storage: Storage, tmp_path: Path, num_kills: int) -> None:
 
 
 def test_a_killed_upload_leaves_no_manifest_beside_half_a_checkpoint(storage: Storage, tmp_path: Path) -> None:
-    _kill_uploads(storage, tmp_path, num_kills=10)
+    _kill_uploads(storage, tmp_path, num_kills=4)
 
 
 @pytest.mark.soak

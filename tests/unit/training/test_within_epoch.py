@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from training.checkpoint import verify_checkpoint
+from training.errors import Preempted, Stopped
 from training.loop import Hooks, train
-from training.requests import Asked, Preempted, Stopped
+from training.requests import Asked
 from training.spec import ComputeSpec, RunSpec
 from training.state import TrainingState, build_state, restore
 from training.workers import Workers
@@ -31,10 +32,11 @@ class Asking:
         self.folder, self.answers = folder, answers
         self.step = 0
         self.kept: list[tuple[int, int, bool]] = []
+        self.settled_after: list[int] = []
         self.reports: list[tuple[int, int, dict[str, float]]] = []
 
     def hooks(self) -> Hooks:
-        return Hooks(self.report, checkpoint=self.checkpoint, asked=self.asked)
+        return Hooks(self.report, checkpoint=self.checkpoint, settle=self.settle, asked=self.asked)
 
     def asked(self) -> Asked:
         self.step += 1
@@ -43,6 +45,9 @@ class Asking:
     def checkpoint(self, step: int, epoch: int, save: Callable[..., object], is_ending: bool) -> None:
         self.kept.append((step, epoch, is_ending))
         save(self.folder / f"within-{step}")
+
+    def settle(self) -> None:
+        self.settled_after.append(len(self.kept))
 
     def report(self, metrics: dict[str, float], step: int, epoch: int, save: Callable[..., object]) -> None:
         self.reports.append((step, epoch, metrics))
@@ -116,6 +121,7 @@ def test_who_has_to_end_keeps_what_was_reached(
     with pytest.raises(ends, match=f"step {step}"):
         train(spec, tiny.folder, ALONE, asking.hooks())
     assert (asking.kept, asking.reports) == ([(step, 0, True)], [])
+    assert asking.settled_after == [1]
     train(spec, tiny.folder, ALONE, rest.hooks(), tmp_path / f"within-{step}")
     assert rest.step == 12 - step
     assert [report[:2] for report in rest.reports] == [(6, 1), (12, 2)]
