@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import yaml
-from chaos.processes import MARK, marked, new_mark, wait_until
+from chaos.processes import MARK, PATIENCE, marked, new_mark, wait_until
 from services.checkout import commit_all
 
 from training.records import RESULT, JournalEntry, read_journal
@@ -65,7 +65,7 @@ class FlowRun:
 
     def wait(self, timeout_s: float) -> int:
         """The exit code."""
-        return self.process.wait(timeout_s)
+        return self.process.wait(PATIENCE * timeout_s)
 
 
 @dataclass(frozen=True)

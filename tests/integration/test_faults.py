@@ -70,8 +70,6 @@ def greedy(*arguments):
 training.loop.to_device = greedy
 """
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @dataclass
 class Service:

@@ -22,7 +22,7 @@ CELL = {"architectures": ["yolox-nano"], "datasets": ["sample-aerial"], "changes
 # The issue's limit for a job to stop after its flow is cancelled.
 STOPS_S = 30.0
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture

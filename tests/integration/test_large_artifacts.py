@@ -25,8 +25,6 @@ SIZE_BYTES = 200 * 10**6
 NUM_PARTS = -(-SIZE_BYTES // PART_BYTES)
 NAME = "weights.safetensors"
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @dataclass(frozen=True)
 class Served:

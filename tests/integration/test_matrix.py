@@ -20,7 +20,6 @@ from ray.job_submission import JobSubmissionClient
 from services.ray_cluster import lasting_cluster
 
 ENDS_S = 40.0
-pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass

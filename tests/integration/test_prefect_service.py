@@ -48,7 +48,6 @@ def by_name(service: PrefectService) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(180)
 def test_a_worker_runs_a_deployment_and_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = tmp_path / "flows"
     folder.mkdir()
@@ -67,7 +66,7 @@ def test_a_worker_runs_a_deployment_and_leaves_nothing_behind(tmp_path: Path) ->
                 time.sleep(0.2)
             flow_runs = [psutil.Process(int(path.stem)) for path in found]
             assert all(map(is_alive, flow_runs))
-        assert still_alive(flow_runs, 10) == []
+        assert still_alive(flow_runs, 60) == []
 
         # What `speck down` tells Prefect then, which it cannot know.
         runs = by_name(service)

@@ -91,7 +91,7 @@ def test_the_better_of_two_promotions_at_once_holds_the_alias(
             )
             for result in order
         ]  # fmt: skip
-        printed = [process.communicate(timeout=120)[0] for process in racing]
+        printed = [process.communicate(timeout=300)[0] for process in racing]
         entries = open_authority(None, home).entries(NAME)
         told: dict[str, Any] = {entry.run_key: entry.action for entry in entries}
         assert told.keys() == {worse.run_key, better.run_key}, printed

@@ -27,7 +27,6 @@ from training.spec import RunSpec
 NAME = "tiny-squares"
 
 pytestmark = [
-    pytest.mark.timeout(600),
     pytest.mark.skipif(LOCALBUCKET is None, reason=WITHOUT_LOCALBUCKET),
 ]
 

@@ -45,8 +45,6 @@ ARTIFACTS = {
     "foreground_test.png", "report.html",
 }  # fmt: skip
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @dataclass
 class Service:
@@ -231,7 +229,7 @@ def test_the_job_api_refuses_whoever_has_no_token(service: Service, authorizatio
         urllib.request.Request(f"{service.cluster.jobs_url}/api/jobs/", submission, headers, method="POST"),
     ):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=60)
+            urllib.request.urlopen(request, timeout=300)
         assert refused.value.code in {401, 403}
 
 

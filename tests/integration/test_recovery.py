@@ -111,7 +111,6 @@ def test_ctrl_c_in_a_terminal_leaves_the_cluster_time_to_keep_a_checkpoint(pipel
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_three_kills_cost_the_work_in_flight_and_nothing_else(pipeline: Pipeline) -> None:
     # During an epoch: one is reported, the next one runs. Only the flow's own process is hit.
     _, left = killed(pipeline)

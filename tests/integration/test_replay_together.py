@@ -26,8 +26,6 @@ METRICS = (*(f"train/metric_{n}" for n in range(20)), "val/coco/AP", "system/cpu
 ARTIFACTS = {"weights.safetensors": os.urandom(2**20), "report.html": b"<html>"}
 STORES = ("SQLite", "a server on SQLite, artifacts on S3", "a server on PostgreSQL, artifacts on S3")
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(params=[STORES[0], *(pytest.param(store, marks=pytest.mark.soak) for store in STORES[1:])])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from chaos.pipeline import NUM_EPOCHS, Pipeline, make_pipeline
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.soak]
+pytestmark = pytest.mark.soak
 
 
 def head_of(repo: Path) -> str:

@@ -34,7 +34,7 @@ from training.checkpoint import save_tensors
 from training.spec import RunSpec, ScoringSpec
 from training.state import build_model
 
-STARTS_S = 120.0
+STARTS_S = 300.0
 CLASSES = {"bright", "dark"}
 
 
@@ -122,7 +122,7 @@ def ask(server: str, body: Any, content_type: str = "application/json") -> tuple
         f"{server}/invocations", data=content, headers={"Content-Type": content_type}, method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

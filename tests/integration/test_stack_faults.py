@@ -16,7 +16,7 @@ from infra.supervision import Supervisor
 
 AWAY_S = 30.0
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")

@@ -129,11 +129,10 @@ def test_the_server_demands_credentials(
 )
 def test_no_page_is_served_to_strangers(server: MlflowService, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(server.url + path, timeout=60)
+        urllib.request.urlopen(server.url + path, timeout=300)
     assert caught.value.code == 401
 
 
-@pytest.mark.timeout(120)
 def test_a_server_that_dies_is_reported_in_bounded_time_and_the_replay_completed_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

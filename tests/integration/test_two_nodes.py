@@ -23,7 +23,6 @@ MakeSpec = Callable[..., RunSpec]
 STEPS_PER_EPOCH = 12
 SPREAD = ComputeSpec(workers=2, max_failures=0, placement="STRICT_SPREAD")
 pytestmark = [
-    pytest.mark.timeout(1200),
     pytest.mark.skipif(namespaces_refused() is not None, reason=str(namespaces_refused())),
 ]
 

@@ -41,7 +41,7 @@ class Deployed:
         """Runs Prefect's own command line in the copy."""
         return subprocess.run(
             [sys.executable, "-m", "prefect", *arguments], cwd=self.repo, env=os.environ | self.service.environment,
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
 
     def start(self, deployment: str = "train-all/default", **parameters: Any) -> str:
@@ -57,7 +57,7 @@ class Deployed:
         """Runs `speck` in the copy, told of the server."""
         return subprocess.run(
             [sys.executable, "-m", "flows", *arguments], cwd=self.repo, env=os.environ | self.service.environment,
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
 
     def runs_of(self, flow: str) -> list[dict[str, Any]]:

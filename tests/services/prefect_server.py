@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.servers import ask_prefect, free_port, guarded, prefect_server, read_credentials, running
 
-WORKER_START_S = 120.0
+WORKER_START_S = 300.0
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def stack_of_a_copy() -> Iterator[Running]:
             assert stack is not None
             yield Running(folder, repo, stack, environment, done.stdout, commands)
     finally:
-        subprocess.run([*up[:-1], "down"], cwd=repo, env=environment, check=False, capture_output=True, timeout=120)
+        subprocess.run([*up[:-1], "down"], cwd=repo, env=environment, check=False, capture_output=True, timeout=300)
         left = left_after(mark, 10)
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(stack.sockets)

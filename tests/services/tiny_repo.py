@@ -85,6 +85,6 @@ def is_one_with_the_cache(repo: Path) -> bool:
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not is_so() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -222,7 +222,7 @@ for _ in range(2):
 
 def _other_process(*arguments: object) -> None:
     """A process that materialises and ends, so that it uses nothing any more."""
-    subprocess.run([sys.executable, "-c", MATERIALISE, *map(str, arguments)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", MATERIALISE, *map(str, arguments)], check=True, timeout=300)
 
 
 def test_the_least_recently_used_versions_go_with_their_pictures_but_none_in_use(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_copy_that_was_deleted_by_hand_is_made_again(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     _other_process(version, source, node, 10**12)
     assert (folder / "images/a.jpg").read_bytes() == FILES["images/a.jpg"]
-    subprocess.run([sys.executable, "-c", DELETE_TWICE, version, str(source), str(node)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", DELETE_TWICE, version, str(source), str(node)], check=True, timeout=300)
     assert not folder.exists()
     shutil.rmtree(node)
     assert materialise("tiny", version, source=str(source), root=node) == folder
@@ -353,7 +353,7 @@ print(store.materialise("tiny", sys.argv[1], source=sys.argv[2], root=Path(sys.a
         subprocess.Popen([sys.executable, "-c", script, *arguments, str(number)], stdout=subprocess.PIPE, text=True)
         for number in range(4)
     ]
-    outputs = [worker.communicate(timeout=60)[0].strip() for worker in workers]
+    outputs = [worker.communicate(timeout=300)[0].strip() for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4
     assert set(outputs) == {str(tmp_path / "node" / "tiny" / version)}
     assert (tmp_path / "log").read_text() == "x"

@@ -56,7 +56,7 @@ def in_a_process(home: Path, *arguments: str) -> subprocess.CompletedProcess[str
     environment = os.environ | {"SPECK_HOME": str(home), "COLUMNS": "120"}
     return subprocess.run(
         [sys.executable, "-c", CALL, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=120, check=False,
+        timeout=300, check=False,
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_a_living_process_is_waited_for_by_name_and_its_end_ends_the_wait(
         assert process.stdin is not None
         threading.Timer(1.0, process.stdin.close).start()
         with lease(storage, "abc", said.append, never):
-            assert process.wait(10) == 0
+            assert process.wait(300) == 0
         assert said == [f"waiting: process {process.pid} on {platform.node()} is at work on abc"]
 
 

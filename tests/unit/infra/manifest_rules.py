@@ -111,7 +111,7 @@ def _container_rules(node: Mapping[str, Any], path: str) -> Iterator[str]:
 def dockerfile_problems(text: str) -> list[str]:
     """By hadolint, which reads the shell lines too, and by what it has no rule for."""
     result = subprocess.run(
-        [HADOLINT, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=30, check=False
+        [HADOLINT, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=300, check=False
     )
     return [*(line for line in (result.stdout + result.stderr).splitlines() if line), *_dockerfile_rules(text)]
 

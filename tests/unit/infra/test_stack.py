@@ -112,7 +112,7 @@ def test_a_supervisor_that_lost_its_socket_is_stopped_all_the_same(
             (made.home / "supervisord.pid").write_text(str(supervisor.pid))
             assert Supervisor(made).process() is not None
             assert down(made, said.append)
-            assert supervisor.wait(10) == -ending
+            assert supervisor.wait(300) == -ending
         finally:
             supervisor.kill()
     assert [line.partition(" (")[0] for line in said] == ["Prefect did not say which flow runs end now"]

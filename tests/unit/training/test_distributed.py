@@ -62,7 +62,7 @@ def seen(tiny: Any, tiny_spec: Callable[..., RunSpec], tmp_path_factory: pytest.
     try:
         alone = worker.run_all(folder, Workers(0, 1, torch.device("cpu")))
         together = worker.join_and_run(0, folder)
-        assert other.wait(timeout=60) == 0
+        assert other.wait(timeout=300) == 0
     finally:
         other.kill()
         other.wait()

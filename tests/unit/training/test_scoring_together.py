@@ -58,7 +58,7 @@ def found(tiny: Any, tiny_spec: MakeSpec, tmp_path_factory: pytest.TempPathFacto
     try:
         scored = {1: script.score_all(folder, ALONE)}
         scored |= {world_size: script.score_together(0, world_size, folder) for world_size in (2, 3)}
-        assert [other.wait(timeout=60) for other in others] == [0, 0]
+        assert [other.wait(timeout=300) for other in others] == [0, 0]
     finally:
         for other in others:
             other.kill()
