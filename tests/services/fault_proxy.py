@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from services.loopback import Handler, serving
+
 SKEWED = (
     b'<?xml version="1.0"?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request time '
     b"and the server's time is too large.</Message></Error>"
@@ -41,9 +43,7 @@ class FaultProxy:
         self._random, self._lock = random.Random(0), threading.Lock()
         proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Proxying(Handler):
             def handle_one_request(self) -> None:
                 with suppress(ConnectionError):
                     super().handle_one_request()
@@ -53,18 +53,13 @@ class FaultProxy:
 
             do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Proxying)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def close(self) -> None:
         """Answer no more."""
-        self._server.shutdown()
-        self._server.server_close()
+        self.server.shutdown()
+        self.server.server_close()
 
     def _answer(self, request: BaseHTTPRequestHandler, target_port: int) -> None:
         body = _body(request)
@@ -142,7 +137,5 @@ def _send(
 def fault_proxy(target_port: int) -> Iterator[FaultProxy]:
     """A proxy that lives as long as this block."""
     made = FaultProxy(target_port)
-    try:
+    with serving(made.server):
         yield made
-    finally:
-        made.close()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from services.loopback import Handler, serving_by
 
 SECRET = "canary-of-the-webhook"
 
@@ -30,18 +30,10 @@ class Receiver:
 def webhook_receiver() -> Iterator[Receiver]:
     received: list[tuple[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Receiving(Handler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            received.append((self.path, json.loads(body)))
-            self.send_response(204)
-            self.end_headers()
+            received.append((self.path, json.loads(self.body())))
+            self.answer(200)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield Receiver(f"http://127.0.0.1:{server.server_port}/hook/{SECRET}", received)
-        server.shutdown()
+    with serving_by(Receiving) as url:
+        yield Receiver(f"{url}/hook/{SECRET}", received)

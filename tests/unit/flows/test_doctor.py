@@ -6,16 +6,15 @@ import os
 import platform
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from services.loopback import Handler, serving_by
 
 from flows import doctor
 from flows.doctor import SOME_DOWN, UP, WAIT, examine
@@ -32,26 +31,17 @@ from training.checkpoint import write_json
 def mlflow_like(allowed: set[str | None], ahead_s: float = 0.0) -> Iterator[str]:
     """A server that answers 200 to these `Authorization` headers, 401 to others, its clock ahead."""
 
-    class Handler(BaseHTTPRequestHandler):
+    now = time.time
+
+    class Ahead(Handler):
         def do_GET(self) -> None:
-            self.send_response_only(200 if self.headers.get("Authorization") in allowed else 401)
-            self.send_header("Date", formatdate(self.server.now() + ahead_s, usegmt=True))  # type: ignore[attr-defined]
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(200 if self.headers.get("Authorization") in allowed else 401)
 
-        def log_message(self, *_: object) -> None:
-            pass
+        def date_time_string(self, _: float | None = None) -> str:
+            return super().date_time_string(now() + ahead_s)
 
-    import time
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.now = time.time  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving_by(Ahead) as url:
+        yield url
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ Of a policy it obeys the one statement that a check can see at work: nothing bel
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
+
+from services.loopback import Handler, serving_by
 
 SETTINGS = {"policy", "versioning", "encryption", "lifecycle", "publicAccessBlock"}
 
 
-class Memory(BaseHTTPRequestHandler):
+class Memory(Handler):
     """`documents` by setting, `objects` by path; the bucket is there as soon as it was asked for."""
 
     documents: dict[str, bytes]
@@ -24,24 +24,24 @@ class Memory(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         """A bucket, a setting or an object."""
-        url, body = urlsplit(self.path), self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url, body = urlsplit(self.path), self.body()
         if (setting := url.query.rstrip("=")) in SETTINGS:
             self.documents[setting] = body
         elif url.path.count("/") == 1 or url.path.endswith("/"):
             self.buckets.add(url.path.strip("/"))
         elif self.headers.get("If-None-Match") == "*" and url.path in self.objects:
-            return self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+            return self.answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
         else:
             self.objects[url.path] = body
-        return self._answer(200)
+        return self.answer(200)
 
     def do_GET(self) -> None:
         """A setting."""
         setting = urlsplit(self.path).query.rstrip("=")
         if setting in self.documents:
-            self._answer(200, self.documents[setting])
+            self.answer(200, self.documents[setting])
         elif setting == "versioning":
-            self._answer(200, b"<VersioningConfiguration/>")
+            self.answer(200, b"<VersioningConfiguration/>")
         else:
             code = {
                 "policy": "NoSuchBucketPolicy",
@@ -49,36 +49,23 @@ class Memory(BaseHTTPRequestHandler):
                 "encryption": "ServerSideEncryptionConfigurationNotFoundError",
                 "publicAccessBlock": "NoSuchPublicAccessBlockConfiguration",
             }[setting]
-            self._answer(404, f"<Error><Code>{code}</Code></Error>".encode())
+            self.answer(404, f"<Error><Code>{code}</Code></Error>".encode())
 
     def do_HEAD(self) -> None:
         """A bucket."""
-        self._answer(200 if urlsplit(self.path).path.strip("/") in self.buckets else 404)
+        self.answer(200 if urlsplit(self.path).path.strip("/") in self.buckets else 404)
 
     def do_DELETE(self) -> None:
         """An object."""
         if "/promotions/" in self.path and b"s3:DeleteObject" in self.documents.get("policy", b""):
-            return self._answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+            return self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
         self.objects.pop(urlsplit(self.path).path, None)
-        return self._answer(204)
-
-    def _answer(self, status: int, body: bytes = b"") -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
+        return self.answer(204)
 
 
 @contextmanager
 def remembering_s3() -> Iterator[tuple[str, type[Memory]]]:
     """Its address, and what it knows."""
     knows = type("Knows", (Memory,), {"documents": {}, "objects": {}, "buckets": set()})
-    with ThreadingHTTPServer(("127.0.0.1", 0), knows) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", knows
-        finally:
-            server.shutdown()
+    with serving_by(knows) as url:
+        yield url, knows

@@ -6,13 +6,13 @@ import threading
 import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from services.loopback import Handler, serving_by
 
 import infra.servers
-from infra.servers import HOST, ServerFailed, ask_prefect, read_credentials
+from infra.servers import ServerFailed, ask_prefect, read_credentials
 
 CALL = """
 import os, sys
@@ -70,27 +70,20 @@ def answering(*answers: int | None) -> Iterator[tuple[str, list[bytes]]]:
     bodies: list[bytes] = []
     over = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answering(Handler):
         def do_POST(self) -> None:
-            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = answers[min(len(bodies), len(answers)) - 1]
-            if answer is None:
+            bodies.append(self.body())
+            status = answers[min(len(bodies), len(answers)) - 1]
+            if status is None:
                 over.wait(30)
-                return
-            self.send_response(answer)
-            self.end_headers()
-            self.wfile.write(b'["it"]')
+            else:
+                self.answer(status, b'["it"]')
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer((HOST, 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving_by(Answering) as url:
         try:
-            yield f"http://{HOST}:{server.server_port}/api", bodies
+            yield f"{url}/api", bodies
         finally:
             over.set()
-            server.shutdown()
 
 
 def test_prefect_is_asked_again_while_its_database_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:

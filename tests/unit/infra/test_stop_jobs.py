@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from services.loopback import Handler, serving
 
 from infra import stack as module
 from infra import stack_lifecycle
@@ -31,7 +31,7 @@ class Head(ThreadingHTTPServer):
         self.jobs[name] = {"submission_id": name, "type": "SUBMISSION", "end_time": end_time}
 
 
-class Answers(BaseHTTPRequestHandler):
+class Answers(Handler):
     server: Head
 
     def do_GET(self) -> None:
@@ -40,7 +40,7 @@ class Answers(BaseHTTPRequestHandler):
         self._answer([*self.server.jobs.values(), driver])
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.body()
         *_, name, verb = self.path.split("/")
         assert verb == "stop"
         self.server.asked.append(name)
@@ -50,20 +50,13 @@ class Answers(BaseHTTPRequestHandler):
 
     def _answer(self, content: object) -> None:
         assert self.headers["Authorization"] == "Bearer a token"
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.answer(200, json.dumps(content).encode())
 
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    with Head() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(Head()) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
