@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from chaos.processes import wait_until
-from services.fault_proxy import FaultProxy
+from services.fault_proxy import FaultProxy, fault_proxy
 from services.mlflow_server import mlflow_service
 from services.s3_server import RCLONE, WITHOUT_RCLONE, s3_service
 
@@ -47,8 +47,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     (tmp_path / "mlflow").mkdir()
     with ExitStack() as stack:
         s3 = stack.enter_context(s3_service(tmp_path / "served"))
-        proxy = FaultProxy(int(s3.url.rpartition(":")[2]))
-        stack.callback(proxy.close)
+        proxy = stack.enter_context(fault_proxy(int(s3.url.rpartition(":")[2])))
         with pytest.MonkeyPatch.context() as for_server:
             for name, value in (s3.environment | {"AWS_ENDPOINT_URL": proxy.url}).items():
                 for_server.setenv(name, value)
