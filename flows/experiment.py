@@ -165,12 +165,7 @@ def load_experiment(
         UnknownDataset, models.UnknownArchitecture, models.UnknownSetting: the name is not known.
     """
     path = _find(spec)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadExperiment(f"{path}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise BadExperiment(f"{path}: expected keys and values, found {type(content).__name__}")
+    content = read_mapping(path, BadExperiment)
     for change in sets:
         _apply(content, change)
     chosen = {"architectures": list(architectures), "datasets": list(datasets), "seeds": list(seeds)}
@@ -272,6 +267,17 @@ def _forget(content: Any, path: Sequence[str]) -> None:
         content = content.get(key) if isinstance(content, dict) else None
     if isinstance(content, dict):
         content.pop(path[-1], None)
+
+
+def read_mapping(path: Path, refused: type[ValueError]) -> dict[str, Any]:
+    """The keys and values of a YAML file that the user wrote; raises `refused` where it holds nothing like that."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise refused(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise refused(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
 
 
 def readable_errors(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:

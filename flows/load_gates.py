@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from data.card import DatasetCard, did_you_mean
-from flows.experiment import readable_errors
+from flows.experiment import read_mapping, readable_errors
 from tracking.promotion import Gates
 
 GATES = Path(__file__).parent / "gates"
@@ -29,7 +27,7 @@ def load_gates(card: DatasetCard, folder: Path = GATES) -> Gates:
     """
     own = folder / f"{card.name}.yaml"
     path = own if own.is_file() else folder / DEFAULT
-    content = _read(folder / DEFAULT) | (_read(own) if own.is_file() else {})
+    content = read_mapping(folder / DEFAULT, BadGates) | (read_mapping(own, BadGates) if own.is_file() else {})
     # What the card says is no gate.
     keys = sorted(Gates.model_fields.keys() - {"protocol"})
     known = {key: value for key, value in content.items() if key in keys}
@@ -66,13 +64,3 @@ def _unknown(key: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
         for name in names
         if name not in known
     ]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadGates(f"{path}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise BadGates(f"{path}: expected keys and values, found {type(content).__name__}")
-    return content
